@@ -74,6 +74,21 @@ def sigma_vae_sample(mean: Tensor, sigma: float, eps: Tensor, scale: Tensor | No
     return mean + (sigma / 0.8) * scale.view(-1, *[1] * (mean.ndim - 1)) * eps
 
 
+def sample_posterior(moments: Tensor, eps: Tensor, scale: Tensor, loss: str, sigma: float,
+                     sigma_mode: str) -> Tensor:
+    """The z that a decoder is trained on: for 've' and 'kl' Eq. 5, for 'sigma' as above, for 'none' the mean.
+
+    moments: [B, 2C, *space]; eps: [B, C, *space]; scale: [B], used by sigma_mode 'gaussian', not by 'fixed'.
+    Returns: z [B, C, *space] in fp32.
+    """
+    mean, logvar = split_moments(moments)
+    if loss == "none":
+        return mean
+    if loss == "sigma":
+        return sigma_vae_sample(mean, sigma, eps, scale if sigma_mode == "gaussian" else None)
+    return reparameterize(mean, logvar, eps)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # L_rec.  Images: L1 plus LPIPS, as in LDM and VA-VAE.  Eqs. 7-15 reason with the squared error, and the 2-D
 # toy uses the unsquared norm (Eq. 26).
@@ -137,8 +152,8 @@ def load_lpips() -> nn.Module:
             net = lpips.LPIPS(net="vgg", verbose=False)
     except (OSError, RuntimeError) as error:   # no network, or a damaged file
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"LPIPS needs torchvision's VGG-16 weights {name} ({reason}): put that file into "
-                                f"{folder}, or use --perceptual-weight 0") from None
+        raise FileNotFoundError(f"LPIPS needs torchvision's VGG-16 weights {name} ({reason}): put that file "
+                                f"into {folder}, or use --perceptual-weight 0") from None
     return net.eval().requires_grad_(False)
 
 
@@ -216,7 +231,7 @@ def exponential_magnitude(z: Tensor, tau: float = 1.0, cap: float = 20.0) -> Ten
     Gradient: to z.  Batch statistics: none.
     """
     u = z.abs() - tau
-    return _sum_per_sample(torch.exp(u.clamp(max=cap)) * (1 + (u - cap).clamp(min=0))).mean()
+    return _sum_per_sample(torch.exp(u.clamp(max=cap)) * (1 + F.relu(u - cap))).mean()
 
 
 def square_magnitude(mean: Tensor) -> Tensor:

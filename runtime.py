@@ -5,6 +5,7 @@ Nothing in here knows about images, latents or losses.  One process and many sha
 torchrun `start` returns rank 0 of a world of 1, and the collectives below return their argument.
 """
 
+import argparse
 import copy
 import functools
 import hashlib
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
 # Errors a user can mend.  They end a script with one line and exit status 2; anything else is a bug and keeps
@@ -234,6 +236,11 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a command as plain values, for its checkpoint and its log."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
 def check_config(old: dict[str, Any], new: dict[str, Any], free: set[str], where: Path) -> None:
     """A run is resumed only by the command that began it.  `free` names the flags that may differ (steps,
     ...).
@@ -346,6 +353,13 @@ class Log:
                      v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps(plain) + "\n")
+
+
+def report_skipped(names: list[str]) -> int:
+    """Name the image files that could not be read, above the progress bar.  Returns: how many."""
+    for name in names:
+        tqdm.write(f"skipped unreadable image {name}", file=sys.stderr)
+    return len(names)
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,492 @@
+"""Images in, batches out: procedural shapes, CIFAR-10, or a directory of class folders.
+
+The order of an epoch, the crops and the flips are pure functions of (seed, position): a run sees the same
+images whatever the number of processes and workers, and resumed at step k it continues exactly.  Images are
+uint8 in storage and in transit; `x` is float32 in [-1, 1].
+
+    dataset = open_dataset("shapes", size=32, split="train")
+    for batch in batches(dataset, batch=64): batch["x"], batch["y"]         # endless, shuffled, augmented
+    for batch in once(dataset, batch=64): ...                               # every image once, centre crop
+"""
+
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+import torchvision
+from numpy import ndarray
+from PIL import Image
+from torch import Tensor
+
+from runtime import InputError
+
+Batch = dict[str, Tensor | list[str]]
+
+# ------------------------------------------------------------------------------------------------------------
+# Pixels.  Every stage writes and scores images through this one rounding, so that a PNG, an .npz and a metric
+# agree to the last grey level.
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """round(127.5 * (x + 1)), clamped to 0..255.  x: float in [-1, 1], any shape.  Returns: uint8."""
+    return (127.5 * (x.float() + 1)).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels: Tensor) -> Tensor:
+    """pixels / 127.5 - 1, float32 in [-1, 1]; `to_uint8` undoes it exactly."""
+    return pixels.float().div(127.5).sub(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Randomness without state: a 64-bit hash (the finaliser of SplitMix64, Steele et al. 2014) of seed, stream and
+# counter.  Vectorised over counters, and there is no generator to carry to a worker or to restore.
+
+
+def hash_bits(key: int | ndarray, counter: int | ndarray) -> ndarray:
+    """64 pseudo-random bits for each (key, counter), which broadcast.  Returns: uint64."""
+    with np.errstate(over="ignore"):
+        z = np.atleast_1d(key).astype(np.uint64) + 0x9E3779B97F4A7C15 * (np.asarray(counter).astype(np.uint64) + 1)
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+        return z ^ (z >> 31)
+
+
+def uniform(seed: int, stream: int, counter: ndarray, count: int) -> ndarray:
+    """`count` numbers in [0, 1) for each counter, a function of (seed, stream, counter).  float32 [b, count]."""
+    keys = hash_bits(hash_bits(seed % 2**63, stream), counter)
+    return (hash_bits(keys[:, None], np.arange(count)) >> 40).astype(np.float32) / 2**24
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> ndarray:
+    """The permutation of range(n) in which training visits the images of one epoch."""
+    return np.argsort(hash_bits(hash_bits(hash_bits(seed % 2**63, 1), epoch), np.arange(n)), kind="stable")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The built-in data set: a textured shape on a textured ground among smaller shapes.  Everything is a signed
+# distance (negative inside) on [-1, 1]^2, y down, drawn with an edge of about one pixel, so that a scene is the
+# same picture at any resolution.  A shape fills about the unit disc.
+
+
+def norm(x: ndarray, y: ndarray) -> ndarray:
+    return np.sqrt(x * x + y * y)
+
+
+def either(a: ndarray, b: ndarray) -> ndarray:
+    """Inside exactly one of two."""
+    return np.maximum(np.minimum(a, -b), np.minimum(-a, b))
+
+
+def stripes(x: ndarray, period: ndarray) -> ndarray:
+    return abs(x - period * np.rint(x / period)) - period / 4
+
+
+def star(x: ndarray, y: ndarray) -> ndarray:
+    """A pentagram: the points outside at most one of five half-planes, hence the second largest distance."""
+    angles = np.arange(5, dtype=np.float32) * 2 * np.pi / 5
+    return np.partition([np.sin(a) * x + np.cos(a) * y for a in angles], 3, axis=0)[3] - 0.33
+
+
+SHAPES: dict[str, Callable[..., ndarray]] = {
+    "disc": lambda x, y: norm(x, y) - 0.9,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.78,
+    "triangle": lambda x, y: np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.52,
+    "star": star,
+    "ring": lambda x, y: abs(norm(x, y) - 0.7) - 0.23,
+    "cross": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.3, np.maximum(abs(x), abs(y)) - 0.95),
+    "heart": lambda x, y: np.minimum((abs(x) + abs(y - 0.1)) / 1.41, norm(abs(x) - 0.41, y + 0.31)) - 0.58,
+    "crescent": lambda x, y: np.maximum(norm(x, y) - 0.95, 0.78 - norm(x - 0.5, y)),
+    "hourglass": lambda x, y: np.maximum(abs(y) - 0.85, 0.75 * (abs(x) - 0.9 * abs(y)) - 0.08),
+    "bars": lambda x, y: np.maximum(abs(y) - 0.85, abs(x - 0.64 * np.clip(np.rint(x / 0.64), -1, 1)) - 0.19),
+}
+# A texture is the softness of its edge (0: one pixel) and a distance, from coordinates, period and phase.
+TEXTURES: dict[str, tuple[float, Callable[..., ndarray]]] = {
+    "gradient": (1.4, lambda x, y, p, w: x),
+    "noise": (2.0, lambda x, y, p, w: sum(np.cos((m * x + n * y) / (p + 0.2) + q * w)
+                                          for m, n, q in ((1, 4, 1), (3, -2, 2), (5, 3, 3)))),
+    "stripes": (0, lambda x, y, p, w: stripes(x + w, p)),
+    "checks": (0, lambda x, y, p, w: either(stripes(x + w, p), stripes(y, p))),
+    "dots": (0, lambda x, y, p, w: norm(stripes(x + w, p) + p / 4, stripes(y, p) + p / 4) - 0.33 * p),
+    "rings": (0, lambda x, y, p, w: stripes(norm(x + np.sin(w), y + np.cos(w)), p)),
+}
+
+
+def by_kind(kind: ndarray, functions: list[Callable[..., ndarray]], *parts: ndarray) -> ndarray:
+    """functions[kind[i]] of the i-th row of every part, each function called once.  Returns: [b, s, s]."""
+    out = np.empty(np.broadcast_shapes(*(part.shape for part in parts)), dtype=np.float32)
+    for k in np.unique(kind):
+        out[kind.ravel() == k] = functions[k](*(part[kind.ravel() == k] for part in parts))
+    return out
+
+
+def render_scenes(u: ndarray, size: int) -> tuple[ndarray, ndarray, ndarray]:
+    """One scene for each row of u, back to front: ground, three shapes, the foreground, a glassy shape.
+
+    u: [b, 80] in [0, 1), used from left to right, the label first.
+    Returns: images uint8 [b, 3, size, size], labels int64 [b], foreground coverage [b, size, size] in [0, 1].
+    """
+    columns = iter(u.T[:, :, None, None])
+    line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    pixel = np.float32(1.5 * 2 / size)                                          # and a half
+    x, y = line[None, None, :], line[None, :, None]
+
+    def draw(low: float = 0, high: float = 1) -> ndarray:                       # [b, 1, 1]
+        return low + (high - low) * next(columns)
+
+    def pick(table: dict) -> ndarray:
+        return draw(0, len(table)).astype(int)
+
+    def turned(x: ndarray, y: ndarray, angle: ndarray) -> tuple[ndarray, ndarray]:
+        return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+
+    def coverage(distance: ndarray, softness: ndarray) -> ndarray:              # smoothstep
+        t = np.clip(0.5 - distance / np.maximum(softness, pixel), 0, 1)
+        return t * t * (3 - 2 * t)
+
+    def shape(kind: ndarray, radius: ndarray, reach: float) -> ndarray:
+        a, b = turned(x - draw(-reach, reach), y - draw(-reach, reach), draw(-0.6, 0.6))
+        return coverage(radius * by_kind(kind, [*SHAPES.values()], a / radius, b / radius), pixel)[:, None]
+
+    def colour(lightness: ndarray, hue: ndarray, chroma: float) -> ndarray:     # [b, 3, 1, 1]
+        thirds = np.arange(3, dtype=np.float32)[:, None, None] / 3
+        return lightness[:, None] + chroma * np.cos(2 * np.pi * (hue[:, None] + thirds))
+
+    def paint(lightness: ndarray, hue: ndarray) -> ndarray:                     # [b, 3, s, s]
+        kind, contrast = pick(TEXTURES), draw(0.14, 0.24)
+        softness, patterns = zip(*TEXTURES.values(), strict=True)
+        distance = by_kind(kind, patterns, *turned(x, y, draw(0, 6.28)), draw(0.4, 0.8), draw(0, 6.28))
+        dark = colour(lightness - contrast, hue, 0.2)
+        light = colour(lightness + contrast, hue + draw(-0.15, 0.15), 0.2)
+        return dark + (light - dark) * coverage(distance, np.float32(softness)[kind])[:, None]
+
+    def small(image: ndarray, radius: ndarray, opacity: ndarray) -> ndarray:
+        top = colour(draw(0.2, 0.8), draw(), 0.3)
+        return image + opacity[:, None] * shape(pick(SHAPES), radius, 0.95) * (top - image)
+
+    labels, ground, hue = pick(SHAPES), draw(0.25, 0.75), draw()
+    front = ground + np.copysign(draw(0.25, 0.4), 0.5 - ground)
+    image = paint(ground, hue)
+    for _ in range(3):
+        image = small(image, draw(0.12, 0.32), draw(0.6, 1))
+    foreground = shape(labels, draw(0.45, 0.7), 0.3)
+    image = image + foreground * (paint(front, hue + draw(0.3, 0.7)) - image)
+    image = small(image, draw(0.12, 0.24), draw(0.35, 0.6))
+    return (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8), labels.ravel(), foreground[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data sets.  Each has len(), .name, .size, .split, .classes, .note, .labels(indices), dataset[i] -> (uint8
+# [3, s, s], label), and read(indices, places): a uint8 [3, s, s] each, or None where a file is unreadable.  A
+# place is (across, down) in [0, 1); CENTRE is just below one half, so that a margin r has r // 2 before the crop.
+
+CENTRE = np.full((1, 2), 0.499999)
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Shapes:
+    """An endless set of scenes, each a function of (seed, split, index); the label is the foreground's shape.
+
+    The length is nominal (100_000 train, 2_000 val): any index >= 0 can be rendered.
+    """
+
+    name, classes, note = "shapes", list(SHAPES), ""
+
+    def __init__(self, size: int, split: str, seed: int = 0) -> None:
+        self.size, self.split, self.seed = size, split, seed
+
+    def __len__(self) -> int:
+        return 100_000 if self.split == "train" else 2_000
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.render(index)[:2]
+
+    def render(self, index: int) -> tuple[Tensor, int, Tensor]:
+        """image uint8 [3, s, s], label, foreground coverage [s, s] in [0, 1] (as it is under the glassy shape)."""
+        images, labels, masks = self.render_batch([index])
+        return images[0], int(labels[0]), masks[0]
+
+    def render_batch(self, indices: list[int] | ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """images uint8 [b, 3, s, s], labels [b], masks [b, s, s]; rendered in pieces that fit a CPU cache."""
+        u, piece = self.numbers(indices), max(1, 2**16 // self.size**2)
+        parts = [render_scenes(u[i:i + piece], self.size) for i in range(0, len(u), piece)]
+        return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+
+    def numbers(self, indices: list[int] | ndarray) -> ndarray:
+        return uniform(self.seed, 10 if self.split == "train" else 11, np.asarray(indices), 80)
+
+    def labels(self, indices: list[int] | ndarray) -> Tensor:
+        return torch.from_numpy((self.numbers(indices)[:, 0] * len(SHAPES)).astype(int))
+
+    def read(self, indices: ndarray, places: ndarray) -> list[Tensor | None]:
+        return list(self.render_batch(indices)[0])
+
+
+class Pictures:
+    """Labelled Pillow images: what CIFAR-10 and a folder share.  Subclasses define open_image(index)."""
+
+    note = ""
+
+    def __init__(self, name: str, size: int, split: str, classes: list[str], targets: ndarray) -> None:
+        self.name, self.size, self.split, self.classes, self.targets = name, size, split, classes, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, = self.read([index], CENTRE)
+        if image is None:
+            raise InputError(f"{self.name_of(index)} cannot be read as an image: replace or remove it")
+        return image, int(self.targets[index])
+
+    def labels(self, indices: list[int] | ndarray) -> Tensor:
+        return torch.from_numpy(self.targets[indices])
+
+    def read(self, indices: list[int] | ndarray, places: ndarray) -> list[Tensor | None]:
+        images = []
+        for index, place in zip(indices, places, strict=True):
+            try:
+                image = self.open_image(index)
+            except Exception:                   # Pillow's decoders raise anything from OSError to SyntaxError
+                images.append(None)
+            else:
+                images.append(torch.from_numpy(np.array(adm_crop(image, self.size, *place))).permute(2, 0, 1))
+        return images
+
+
+class Cifar10(Pictures):
+    """CIFAR-10 by torchvision, from `root` or downloaded there: 50_000 to train on, its 10_000 test images as val."""
+
+    def __init__(self, size: int, split: str, root: str) -> None:
+        source = torchvision.datasets.CIFAR10
+        target = os.path.join(root, source.base_folder)
+        try:
+            if not os.path.isdir(target):
+                os.makedirs(root, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=root) as fresh:            # so that nothing is left half-written
+                    source(fresh, download=True)
+                    if not os.path.isdir(target):                               # another rank may have been faster
+                        shutil.move(os.path.join(fresh, source.base_folder), root)
+            data = source(root, train=split == "train")
+        except Exception as error:              # from URLError to a tar file that ends too early
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"cifar10 is neither readable in {root} nor downloadable ({reason}): put "
+                             f"{source.base_folder}/ there, or give shapes or a directory of images") from None
+        super().__init__("cifar10", size, split, data.classes, np.array(data.targets))
+        self.pixels = data.data
+
+    def open_image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+class Folder(Pictures):
+    """Images in class folders, sorted by class and by name; `open_dataset` says which folders."""
+
+    def __init__(self, name: str, size: int, split: str, folder: str, files: dict[str, list[str]]) -> None:
+        targets = np.repeat(np.arange(len(files)), [len(part) for part in files.values()])
+        super().__init__(name, size, split, list(files), targets)
+        # One array of bytes: a million Python strings would be copied, page by page, into every worker.
+        self.folder, self.files = folder, np.array([os.fsencode(file) for part in files.values() for file in part])
+
+    def open_image(self, index: int) -> Image.Image:
+        with Image.open(self.name_of(index)) as image:
+            if image.mode.startswith("I;16"):                                   # Pillow would clip, not scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
+
+    def name_of(self, index: int) -> str:
+        return os.path.join(self.folder, os.fsdecode(self.files[index]))
+
+
+def adm_crop(image: Image.Image, size: int, across: float = 0.499999, down: float = 0.499999) -> Image.Image:
+    """A size x size crop as in ADM (Dhariwal and Nichol 2021), whose statistics published FIDs refer to.
+
+    Halve with a box filter while the short side is at least 2 * size; bring it to `size` with a bicubic one (also
+    upwards); crop, by default at the centre.  An image that is size x size already comes back unchanged.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = int(across * (image.width - size + 1)), int(down * (image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Opening by name.  What can be wrong with a directory is found here, before anything else has started.
+
+Dataset = Shapes | Cifar10 | Folder
+
+
+def open_dataset(name: str, size: int, split: str, seed: int = 0, classes: list[str] | None = None,
+                 root: str = "runs/data") -> Dataset:
+    """The data set `name`, at size x size pixels; split: "train" or "val".
+
+    name: "shapes"; "cifar10" (found in `root`, or downloaded there); or a directory with one folder of JPEG, PNG or
+    WebP images per class, or with train/ and val/ (or test/) holding such folders.  Class list: the sorted folder
+    names, those of train/ where there is one, unless `classes` gives it.  A folder of loose images is one class.
+    Images become RGB; transparency is dropped and the EXIF orientation ignored, as in ADM and torchvision.
+
+    Without a val/ or test/ folder, "val" is the very same images as "train": nothing is held out unasked.
+    `dataset.note` then says so, and is printed to stderr (rank 0).  seed: for "shapes".  Raises: InputError.
+    """
+    if split not in ("train", "val"):
+        raise InputError(f"split '{split}' is unknown: give train or val")
+    if size <= 0:
+        raise InputError(f"image size {size} must be positive")
+    if name == "shapes":
+        return Shapes(size, split, seed)
+    if name == "cifar10":
+        return Cifar10(size, split, root)
+    if not os.path.isdir(name):
+        problem = "is not a directory" if os.path.exists(name) else "does not exist"
+        raise InputError(f"data '{name}' {problem}: give shapes, cifar10 or a directory of class folders")
+    try:
+        dataset = open_folder(name, size, split, classes)
+    except OSError as error:
+        raise InputError(f"data '{name}' cannot be listed ({error}): check its permissions") from None
+    if dataset.note and os.environ.get("RANK", "0") == "0":
+        print(dataset.note, file=sys.stderr)
+    return dataset
+
+
+def open_folder(name: str, size: int, split: str, classes: list[str] | None) -> Folder:
+    parts = [part for part in ("train", "val", "test") if part in subfolders(name)]
+    if len(parts) < len(subfolders(name)) and not any(subfolders(os.path.join(name, part)) for part in parts):
+        parts = []                              # a class that happens to be called "train"
+    wanted = ["train"] if split == "train" else ["val", "test", "train"]
+    part = next((part for part in wanted if part in parts), "")
+    if parts and not part:
+        raise InputError(f"{name} has {' and '.join(parts)} but no train: add it, or give {name}/{parts[0]} itself")
+    folder, home = os.path.join(name, part), os.path.join(name, "train" if "train" in parts else part)
+    present = subfolders(folder)
+    classes = classes or subfolders(home) or [os.path.basename(os.path.abspath(name))]
+    if strange := [c for c in present if c not in classes] or ([] if present or len(classes) == 1 else ["."]):
+        raise InputError(f"{folder}: folder '{strange[0]}' is none of the {len(classes)} classes ({classes[0]}, "
+                         f"{classes[-1]}, ..): sort the images into folders of these names")
+    files = {c: [os.path.join(c, file) for file in images_in(os.path.join(folder, c))] if c in present else []
+             for c in classes} if present else {classes[0]: images_in(folder)}
+    dataset = Folder(name, size, split, folder, files)
+    if len(dataset) == 0:
+        where = f"directly in its {len(present)} folders ({present[0]}, ..)" if present else "in it"
+        raise InputError(f"{folder}: no {' '.join(ENDINGS)} files {where}: give one folder of images per class")
+    if all(dataset.read([i], CENTRE) == [None] for i in range(len(dataset))):
+        raise InputError(f"{folder}: none of its {len(dataset)} images can be read ({dataset.name_of(0)}, ..): "
+                         "they are damaged; copy or unpack them again")
+    if split == "val" and part in ("train", ""):
+        dataset.note = f"{name} has no val or test folder: 'val' is the same {len(dataset)} images as 'train'"
+    return dataset
+
+
+def subfolders(folder: str) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def images_in(folder: str) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.name.lower().endswith(ENDINGS) and e.name[0] != ".")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Batches.  Position p of a training run is image p % n of epoch p // n.  Global batch k is the positions from
+# k * batch up to (k + 1) * batch, across the borders of epochs; a rank takes every world-th of them.
+
+
+def batches(dataset: Dataset, batch: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,
+            workers: int = 0, augment: bool = True, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """Endless training batches, from global batch `start` on; `batch` counts the images of all ranks together.
+
+    Yields {"x": float32 [batch / world, 3, s, s] in [-1, 1], "y": int64, "index": int64, "skipped": list[str]}, x
+    and y on `device`.  augment: random crop and horizontal flip, else the centre crop.  An unreadable file is named
+    in "skipped" and the next readable image takes its place.  Raises: InputError.
+    """
+    if batch <= 0 or batch % world:
+        raise InputError(f"batch size {batch} must be a positive multiple of the number of processes ({world})")
+    plan = training_plan(len(dataset), batch, seed, start, rank, world)
+    return load(Reader(dataset, seed, augment, refill=True), plan, workers, device)
+
+
+def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0, limit: int | None = None,
+         device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """Every image once over all ranks, centre crop, at most `batch` images at a time in each process.
+
+    limit: only so many images, spread evenly over the data set (and so over sorted classes).  Unreadable files are
+    left out and named in "skipped".  Yields dicts as `batches` does; ranks may differ in their number.
+    """
+    if batch <= 0 or (limit is not None and limit <= 0):
+        raise InputError(f"batch size {batch} and limit {limit} must be positive")
+    count = min(limit or len(dataset), len(dataset))
+    mine = (np.arange(count) * len(dataset) // count)[rank::world]
+    plan = ((mine[i:i + batch], mine[i:i + batch]) for i in range(0, len(mine), batch))
+    return without_empty(load(Reader(dataset, 0, augment=False, refill=False), plan, workers, device))
+
+
+def training_plan(n: int, batch: int, seed: int, start: int, rank: int, world: int
+                  ) -> Iterator[tuple[ndarray, ndarray]]:
+    """(indices, positions) of one rank's share of global batches start, start + 1, ..."""
+    epoch, order = -1, np.empty(0, dtype=int)
+    for k in itertools.count(start):
+        positions = np.arange(k * batch + rank, (k + 1) * batch, world)
+        indices = np.empty_like(positions)
+        for e in np.unique(positions // n):
+            if e != epoch:
+                epoch, order = e, epoch_order(n, seed, e)
+            here = positions // n == e
+            indices[here] = order[positions[here] % n]
+        yield indices, positions
+
+
+class Reader(torch.utils.data.Dataset):
+    """(indices, positions) to one batch of uint8 pixels; this is what runs in a worker."""
+
+    def __init__(self, dataset: Dataset, seed: int, augment: bool, refill: bool) -> None:
+        self.dataset, self.seed, self.augment, self.refill = dataset, seed, augment, refill
+
+    def __getitem__(self, entry: tuple[ndarray, ndarray]) -> dict:
+        indices, skipped, n, size = entry[0].copy(), [], len(self.dataset), self.dataset.size
+        u = uniform(self.seed, 2, entry[1], 3).astype(float)
+        places = u[:, :2] if self.augment else np.repeat(CENTRE, len(u), 0)
+        images = self.dataset.read(indices, places)
+        for slot in range(len(images)):
+            while images[slot] is None and len(skipped) < 1000:
+                skipped.append(self.dataset.name_of(indices[slot]))
+                if not self.refill:
+                    break
+                indices[slot] = (indices[slot] + 1) % n
+                images[slot], = self.dataset.read(indices[[slot]], places[[slot]])
+        kept = np.array([image is not None for image in images])
+        pixels = torch.stack([torch.zeros(3, size, size, dtype=torch.uint8), *itertools.compress(images, kept)])[1:]
+        if self.augment:
+            flip = torch.from_numpy(u[:, 2] < 0.5)
+            pixels[flip] = pixels[flip].flip(3)
+        return {"pixels": pixels, "y": self.dataset.labels(indices[kept]), "index": torch.from_numpy(indices[kept]),
+                "skipped": skipped}
+
+
+def load(reader: Reader, plan: Iterable, workers: int, device: torch.device | str) -> Iterator[Batch]:
+    """Read in `workers` processes (0: in this one) and convert on `device`; bytes are what travels."""
+    cuda = torch.device(device).type == "cuda"
+    # The loader's own generator: without it, it would draw a seed from the random stream of the training.
+    raw_batches = map(reader.__getitem__, plan) if workers == 0 else torch.utils.data.DataLoader(
+        reader, batch_size=None, sampler=plan, num_workers=workers, pin_memory=cuda, generator=torch.Generator())
+    for raw in raw_batches:
+        if reader.refill and len(raw["skipped"]) >= 1000:
+            raise InputError(f"1000 images in a row cannot be read (now {raw['skipped'][-1]}): is the disk there?")
+        pixels, y = (raw[key].pin_memory() if cuda and workers == 0 else raw[key] for key in ("pixels", "y"))
+        yield {**raw, "x": from_uint8(pixels.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True)}
+
+
+def without_empty(parts: Iterator[Batch]) -> Iterator[Batch]:
+    """Merge a batch without one readable image into its neighbour, so that no name is lost."""
+    held = next(parts, None)
+    for part in parts:
+        if len(part["y"]) and len(held["y"]):
+            yield held
+            held = part
+        else:
+            held = {**(part if len(part["y"]) else held), "skipped": held["skipped"] + part["skipped"]}
+    if held is not None:
+        yield held

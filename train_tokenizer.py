@@ -1,0 +1,338 @@
+"""Train a tokenizer x -> z -> x_hat with the VE loss or one of its baselines (Sec. 4 of the paper).
+
+    laptop       python train_tokenizer.py                                   # VE, built-in shapes, minutes on
+    a CPU one GPU      python train_tokenizer.py --preset f16d32 --data imagenet/train
+    eight GPUs   torchrun --nproc_per_node=8 train_tokenizer.py --preset f16d32 --data imagenet/train
+
+--loss ve     L_rec + lambda1 / (sigma^2 + delta) + lambda2 exp(|z| - tau)      Eqs. 9-11
+--loss kl     L_rec + beta KL                                                   Eq. 1
+--loss sigma  L_rec + w |mean|^2, the noise fixed in advance                    sigma-VAE
+--loss none   L_rec, no noise at all
+
+Killed at any moment, the same command goes on from runs/tokenizer/checkpoint.pt and ends with the same
+numbers.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import data
+import losses
+import metrics
+import models
+import runtime
+from runtime import InputError, Runtime
+
+# ------------------------------------------------------------------------------------------------------------
+# Knobs.  A preset is a row of defaults; any flag overrides it.  The learning rate is the paper's 2.5e-5 at
+# batch 64 for the f16 tokenizers and is never scaled behind your back.
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": dict(model="demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0.0),
+    "f16d16": dict(model="f16d16", size=256, batch=64, lr=2.5e-5, steps=200_182, perceptual_weight=1.0),
+    "f16d32": dict(model="f16d32", size=256, batch=64, lr=2.5e-5, steps=320_292, perceptual_weight=1.0),
+}
+FREE = {"steps", "log_every", "save_every", "image_every", "workers", "device", "out", "smoke", "eval_images"}
+SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, image_every=4, eval_images=8, stats_images=8,
+             workers=0, out=Path("runs/smoke/tokenizer"))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, default="demo",
+                   help="defaults for model, size, batch, lr, steps (10 or 16 epochs of ImageNet) and LPIPS")
+    p.add_argument("--data", default="shapes", help="'shapes', 'cifar10', or a folder of class folders")
+    p.add_argument("--size", type=int, help="image side in pixels")
+    p.add_argument("--model", choices=models.AUTOENCODERS, help="row of models.AUTOENCODERS")
+    p.add_argument("--out", type=Path, default=Path("runs/tokenizer"), help="folder of checkpoint and log")
+    g = p.add_argument_group("loss (weights are for sums over C*H*W, averaged over the batch)")
+    g.add_argument("--loss", choices=["ve", "kl", "sigma", "none"], default="ve", help="what acts on z")
+    g.add_argument("--lambda1", type=float, default=0.1, help="ve: weight of 1 / (sigma^2 + delta), Eq. 9")
+    g.add_argument("--lambda2", type=float, default=1e-6, help="ve: weight of exp(|z| - tau), Eq. 10")
+    g.add_argument("--tau", type=float, default=1.0, help="ve: tau of Eq. 10")
+    g.add_argument("--delta", type=float, default=1e-6, help="ve: delta of Eq. 9, below any sigma^2 wanted")
+    g.add_argument("--kl-weight", type=float, default=1e-6, help="kl: beta of Eq. 1")
+    g.add_argument("--sigma", type=float, default=0.2, help="sigma: standard deviation of the noise")
+    g.add_argument("--sigma-mode", choices=["fixed", "gaussian"], default="gaussian",
+                   help="sigma: one scale for all, or one scale per image, |N(0, sigma/0.8)|")
+    g.add_argument("--mean-weight", type=float, default=0.24,
+                   help="sigma: weight of |mean|^2 (LatentLM's 0.01 of means is 0.24 of sums for f16d32)")
+    g.add_argument("--perceptual-weight", type=float, help="weight of N_x * LPIPS; 0 needs no VGG weights")
+    g.add_argument("--reduction", choices=["sum", "mean"], default="sum",
+                   help="mean divides the whole objective by C*H*W: the same gradients, scaled")
+    g = p.add_argument_group("optimisation (AdamW, betas 0.5 and 0.9, constant rate after a linear warm-up)")
+    g.add_argument("--steps", type=int, help="optimiser steps in all")
+    g.add_argument("--batch", type=int, help="images per step, over all processes")
+    g.add_argument("--lr", type=float, help="learning rate, used as it is")
+    g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW; the paper does not state it")
+    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, of objective / (C*H*W)")
+    g = p.add_argument_group("running")
+    g.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="autocast of the network; auto is bf16 on CUDA; the latent is always fp32")
+    g.add_argument("--workers", type=int, default=2, help="loader processes per training process")
+    g.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    g.add_argument("--image-every", type=int, default=500, help="steps between pictures and held-out metrics")
+    g.add_argument("--eval-images", type=int, default=256, help="held-out images for these metrics")
+    g.add_argument("--stats-images", type=int, default=2000, help="images for the latent's mean and std")
+    g.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
+    first, _ = p.parse_known_args(argv)
+    p.set_defaults(**PRESETS[first.preset] | (SMOKE if first.smoke else {}))
+    return p.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objective, Eq. 1 or Eq. 11, as a module so that DDP sees one forward.  Terms come back unweighted, and
+# the weights are named beside them, so the log shows what the optimiser added up.
+
+
+class Objective(nn.Module):
+    """forward(x, eps, scale) -> (terms, moments): every loss term of one batch, a [] tensor each,
+    unweighted.
+    """
+
+    def __init__(self, autoencoder: models.Autoencoder, args: argparse.Namespace, rt: Runtime) -> None:
+        super().__init__()
+        self.autoencoder, self.autocast = autoencoder, lambda: rt.autocast(args.precision)
+        self.loss, self.delta, self.tau = args.loss, args.delta, args.tau
+        self.posterior = dict(loss=args.loss, sigma=args.sigma, sigma_mode=args.sigma_mode)
+        self.weights = {"rec": 1.0, "lpips": args.perceptual_weight, "var": args.lambda1, "reg": args.lambda2,
+                        "kl": args.kl_weight, "mean": args.mean_weight}
+        # In a list, LPIPS is no submodule: it enters neither checkpoint, nor .train(), nor DDP.
+        self.lpips = [losses.load_lpips().to(rt.device)] if args.perceptual_weight else []
+
+    def forward(self, x: Tensor, eps: Tensor, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        with self.autocast():
+            moments = self.autoencoder.encode(x)
+        z = losses.sample_posterior(moments, eps, scale, **self.posterior)
+        with self.autocast():
+            x_hat = self.autoencoder.decode(z)
+        mean, logvar = losses.split_moments(moments)
+        terms = {"rec": losses.absolute_error(x_hat, x)}
+        if self.lpips:
+            terms["lpips"] = losses.perceptual_error(self.lpips[0], x_hat, x)
+        if self.loss == "ve":
+            terms["var"] = losses.inverse_variance(logvar, self.delta)
+            terms["reg"] = losses.exponential_magnitude(z, self.tau)
+        elif self.loss == "kl":
+            terms["kl"] = losses.kl_divergence(mean, logvar)
+        elif self.loss == "sigma":
+            terms["mean"] = losses.square_magnitude(mean)
+        return terms, moments.detach()
+
+
+def noise(rt: Runtime, args: argparse.Namespace, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
+    """eps [b, C, h, w] and the sigma-VAE's scale [b] of one step: a function of seed and step alone."""
+    return (runtime.global_randn(shape, rt, args.seed, "eps", step),
+            runtime.global_randn(shape[:1], rt, args.seed, "scale", step))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the latent looks like, and how well it decodes.  For KL and VE sigma is learned; for the others it is 0
+# or given, and only the mean's spread is of interest.
+
+
+def latent_summary(moments: Tensor, loss: str) -> dict[str, float]:
+    """sigma^2 (arithmetic and geometric mean, percentiles), spread of the mean per channel, their ratio, max
+    |mean|.
+
+    moments: [B, 2C, h, w].  noise_to_spread: root of mean sigma^2 over the mean's variance within each
+    channel.
+    """
+    mean, logvar = losses.split_moments(moments)
+    spread = mean.transpose(0, 1).flatten(1).std(1)
+    out = {"spread": spread.mean().item(), "max_mean": mean.abs().max().item()}
+    if loss in ("ve", "kl"):
+        var = logvar.exp()
+        tails = torch.tensor([0.01, 0.99], device=var.device)
+        low, high = torch.quantile(var.flatten()[:1_000_000], tails).tolist()
+        ratio = var.transpose(0, 1).flatten(1).mean(1) / spread.square().clamp(min=1e-12)
+        out |= {"sigma2": var.mean().item(), "sigma2_geometric": logvar.mean().exp().item(),
+                "sigma2_p01": low, "sigma2_p99": high, "noise_to_spread": ratio.mean().sqrt().item()}
+    return out
+
+
+@torch.no_grad()
+def evaluate(objective: Objective, held_out: Tensor, args: argparse.Namespace, rt: Runtime) -> dict[str, Any]:
+    """PSNR of held-out images through the posterior's mean and through a sample, the latent's summary, a
+    picture.
+    """
+    objective.eval()
+    moments, from_mean, from_sample = [], [], []
+    for i, x in enumerate(held_out.split(args.batch)):
+        x = x.to(rt.device)
+        with rt.autocast(args.precision):
+            m = objective.autoencoder.encode(x)
+        mean, logvar = losses.split_moments(m)
+        draws = runtime.generator(args.seed, "held-out", i, device=rt.device)
+        eps = torch.randn(mean.shape, generator=draws, device=rt.device)
+        scale = torch.randn(len(x), generator=draws, device=rt.device)
+        z = losses.sample_posterior(m, eps, scale, **objective.posterior)
+        with rt.autocast(args.precision):
+            from_mean.append(objective.autoencoder.decode(mean).cpu())
+            from_sample.append(objective.autoencoder.decode(z).cpu())
+        moments.append(m.cpu())
+    objective.train()
+    moments, from_mean, from_sample = torch.cat(moments), torch.cat(from_mean), torch.cat(from_sample)
+    return {"psnr_mean": metrics.psnr(data.to_uint8(from_mean), data.to_uint8(held_out)).mean().item(),
+            "psnr_sample": metrics.psnr(data.to_uint8(from_sample), data.to_uint8(held_out)).mean().item(),
+            **latent_summary(moments, args.loss),
+            "picture": picture(held_out, from_mean, from_sample, moments, args.loss)}
+
+
+def picture(x: Tensor, from_mean: Tensor, from_sample: Tensor, moments: Tensor, loss: str,
+            n: int = 12) -> Tensor:
+    """Rows: input, decoded mean, decoded sample and, where sigma is learned, its map (bright = wide).  [3,
+    H, W].
+    """
+    rows = [x[:n], from_mean[:n], from_sample[:n]]
+    if loss in ("ve", "kl"):
+        log_sigma = losses.split_moments(moments[:n])[1].mean(1, keepdim=True)
+        log_sigma = nn.functional.interpolate(log_sigma, size=x.shape[-2:])
+        low, high = log_sigma.min(), log_sigma.max()
+        rows.append((2 * (log_sigma - low) / (high - low).clamp(min=1e-6) - 1).expand(-1, 3, -1, -1))
+    return make_grid(torch.cat(rows).clamp(-1, 1) / 2 + 0.5, nrow=min(n, len(x)), padding=2)
+
+
+@torch.no_grad()
+def latent_statistics(objective: Objective, dataset: Any, args: argparse.Namespace,
+                      rt: Runtime) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the sampled z per channel over --stats-images training images: [C], [C]."""
+    objective.eval()
+    total = torch.zeros(3, objective.autoencoder.channels, dtype=torch.float64, device=rt.device)
+    batch = max(1, args.batch // rt.world)
+    for b in data.once(dataset, batch, rt.rank, rt.world, limit=args.stats_images):
+        x = b["x"].to(rt.device)
+        with rt.autocast(args.precision):
+            m = objective.autoencoder.encode(x)
+        shape = (len(x), objective.autoencoder.channels, *m.shape[2:])
+        draws = [runtime.generator(args.seed, "statistics", n) for n in b["index"].tolist()]
+        eps = torch.stack([torch.randn(shape[1:], generator=g) for g in draws]).to(rt.device)
+        scale = torch.stack([torch.randn((), generator=g) for g in draws]).to(rt.device)
+        z = losses.sample_posterior(m, eps, scale, **objective.posterior)
+        z = z.double().transpose(0, 1).flatten(1)
+        total += torch.stack([torch.full_like(total[0], z.shape[1]), z.sum(1), z.square().sum(1)])
+    objective.train()
+    n, s, s2 = runtime.all_reduce_sum(total)
+    mean = s / n
+    return mean.float().cpu(), (s2 / n - mean.square()).sqrt().float().cpu()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def check(args: argparse.Namespace, autoencoder: models.Autoencoder, rt: Runtime) -> None:
+    if args.size % autoencoder.stride:
+        nearest = max(1, round(args.size / autoencoder.stride)) * autoencoder.stride
+        raise InputError(f"--size {args.size} is not a multiple of {autoencoder.stride}, the stride of "
+                         f"--model {args.model}; use {nearest}")
+    if args.batch % rt.world:
+        raise InputError(f"--batch {args.batch} does not divide over {rt.world} processes")
+    for name in ("batch", "steps", "log_every", "save_every", "image_every", "eval_images", "stats_images"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.delta <= 0:
+        raise InputError(f"--delta must be positive, got {args.delta}")
+
+
+def resume(path: Path, autoencoder: models.Autoencoder, optimizer: torch.optim.Optimizer,
+           args: argparse.Namespace) -> int:
+    """Load the run in `path` if there is one.  Returns the number of steps already done."""
+    if not path.exists():
+        return 0
+    with runtime.input_errors():
+        state = models.read_kind(path, "tokenizer")
+    runtime.check_config(state["config"], runtime.plain(args), FREE, path)
+    autoencoder.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rt = runtime.start(args.device)
+    train_set = data.open_dataset(args.data, args.size, "train", args.seed)
+    held_out_set = data.open_dataset(args.data, args.size, "val", args.seed)
+    torch.manual_seed(args.seed)   # the same initial weights on every rank
+    autoencoder = models.build_autoencoder(models.AUTOENCODERS[args.model]).to(rt.device)
+    check(args, autoencoder, rt)
+    with runtime.input_errors():
+        objective = Objective(autoencoder, args, rt)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.5, 0.9),
+                                  weight_decay=args.weight_decay, fused=True)
+    checkpoint = args.out / "checkpoint.pt"
+    done = resume(checkpoint, autoencoder, optimizer, args)
+    if done >= args.steps:
+        rt.print(f"{checkpoint} already has {done} steps; raise --steps to go on")
+        return
+    log = runtime.Log(args.out / "log.jsonl", runtime.plain(args), rt, done)
+    count = sum(p.numel() for p in autoencoder.parameters())
+    rt.print(f"{args.model}: {count / 1e6:.1f} M parameters, {args.loss} on {args.data} at {args.size} px, "
+             f"batch {args.batch}, lr {args.lr:g}, {rt.world} process(es) on {runtime.device_name(rt.device)}"
+             + (f", resumed at step {done}" if done else ""))
+
+    step_module = rt.wrap(objective)
+    parameters = list(autoencoder.parameters())
+    values = 3 * args.size ** 2                                   # N_x: C*H*W of an image
+    scale = 1 / values if args.reduction == "mean" else 1.0
+    side = args.size // autoencoder.stride
+    shape = (args.batch // rt.world, autoencoder.channels, side, side)
+    held_out = torch.cat([b["x"] for b in data.once(held_out_set, args.batch, limit=args.eval_images)])
+    loader = data.batches(train_set, args.batch, args.seed, done, rt.rank, rt.world, args.workers)
+    finite = runtime.FiniteCheck(rt.device)
+    skipped = 0
+    bar = tqdm(range(done, args.steps), "tokenizer", args.steps, initial=done, disable=not rt.is_main)
+    for step in bar:
+        batch = next(loader)
+        skipped += runtime.report_skipped(batch["skipped"])
+        x = batch["x"].to(rt.device, non_blocking=True)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        terms, moments = step_module(x, *noise(rt, args, shape, step))
+        total = losses.weighted_sum(terms, objective.weights) * scale
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        # --clip is stated per pixel value, so it means the same under both reductions.
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip * values * scale) / (values * scale)
+        finite.add(step, terms | {"gradient norm": norm})
+        optimizer.step()
+
+        last = step + 1 == args.steps
+        if (step + 1) % args.log_every == 0 or last:
+            finite.flush()
+            log.write(step=step + 1, **terms, total=total / scale, grad_norm=norm, skipped=skipped,
+                      lr=optimizer.param_groups[0]["lr"], **latent_summary(moments, args.loss))
+            bar.set_postfix(rec=f"{terms['rec'].item() / values:.4f}")
+        if ((step + 1) % args.image_every == 0 or last) and rt.is_main:
+            scores = evaluate(objective, held_out, args, rt)
+            (args.out / "images").mkdir(parents=True, exist_ok=True)
+            save_image(scores.pop("picture"), args.out / "images" / f"{step + 1:07d}.png")
+            log.write(step=step + 1, held_out=scores)
+        if (step + 1) % args.save_every == 0 or last:
+            finite.flush()
+            runtime.check_same_on_all_ranks(autoencoder)
+            latent_mean, latent_std = latent_statistics(objective, train_set, args, rt)
+            if rt.is_main:
+                runtime.save_atomic({
+                    "kind": "tokenizer", "config": runtime.plain(args), "model_config": autoencoder.config,
+                    "step": step + 1, "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
+                    "latent_mean": latent_mean, "latent_std": latent_std}, checkpoint)
+            runtime.barrier()
+    rt.print(f"wrote {checkpoint}; held out: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
+             if rt.is_main else "")
+
+
+if __name__ == "__main__":
+    main()
