@@ -43,21 +43,21 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Randomness without state: a 64-bit hash (the finaliser of SplitMix64, Steele et al. 2014) of seed, stream and
-# counter.  Vectorised over counters, and there is no generator to carry to a worker or to restore.
+# Randomness without state: a 64-bit hash (the finaliser of SplitMix64, Steele et al. 2014) of seed, stream
+# and counter.  It is vectorised over counters, and leaves no generator to send to a worker or to restore.
 
 
 def hash_bits(key: int | ndarray, counter: int | ndarray) -> ndarray:
     """64 pseudo-random bits for each (key, counter), which broadcast.  Returns: uint64."""
-    with np.errstate(over="ignore"):
-        z = np.atleast_1d(key).astype(np.uint64) + 0x9E3779B97F4A7C15 * (np.asarray(counter).astype(np.uint64) + 1)
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-        return z ^ (z >> 31)
+    key, counter = np.atleast_1d(key).astype(np.uint64), np.atleast_1d(counter).astype(np.uint64)
+    z = key + 0x9E3779B97F4A7C15 * (counter + 1)
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
 
 
 def uniform(seed: int, stream: int, counter: ndarray, count: int) -> ndarray:
-    """`count` numbers in [0, 1) for each counter, a function of (seed, stream, counter).  float32 [b, count]."""
+    """`count` numbers in [0, 1) for each counter, pure in (seed, stream, counter): [b, count]."""
     keys = hash_bits(hash_bits(seed % 2**63, stream), counter)
     return (hash_bits(keys[:, None], np.arange(count)) >> 40).astype(np.float32) / 2**24
 
@@ -69,8 +69,8 @@ def epoch_order(n: int, seed: int, epoch: int) -> ndarray:
 
 # ------------------------------------------------------------------------------------------------------------
 # The built-in data set: a textured shape on a textured ground among smaller shapes.  Everything is a signed
-# distance (negative inside) on [-1, 1]^2, y down, drawn with an edge of about one pixel, so that a scene is the
-# same picture at any resolution.  A shape fills about the unit disc.
+# distance (negative inside) on [-1, 1]^2, y down, drawn with an edge of about one pixel, so that a scene is
+# the same picture at any resolution.  A shape fills about the unit disc.
 
 
 def norm(x: ndarray, y: ndarray) -> ndarray:
@@ -132,7 +132,7 @@ def render_scenes(u: ndarray, size: int) -> tuple[ndarray, ndarray, ndarray]:
     """
     columns = iter(u.T[:, :, None, None])
     line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
-    pixel = np.float32(1.5 * 2 / size)                                          # and a half
+    edge = np.float32(3 / size)                                                 # one and a half pixels
     x, y = line[None, None, :], line[None, :, None]
 
     def draw(low: float = 0, high: float = 1) -> ndarray:                       # [b, 1, 1]
@@ -145,12 +145,12 @@ def render_scenes(u: ndarray, size: int) -> tuple[ndarray, ndarray, ndarray]:
         return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
 
     def coverage(distance: ndarray, softness: ndarray) -> ndarray:              # smoothstep
-        t = np.clip(0.5 - distance / np.maximum(softness, pixel), 0, 1)
+        t = np.clip(0.5 - distance / np.maximum(softness, edge), 0, 1)
         return t * t * (3 - 2 * t)
 
     def shape(kind: ndarray, radius: ndarray, reach: float) -> ndarray:
         a, b = turned(x - draw(-reach, reach), y - draw(-reach, reach), draw(-0.6, 0.6))
-        return coverage(radius * by_kind(kind, [*SHAPES.values()], a / radius, b / radius), pixel)[:, None]
+        return coverage(radius * by_kind(kind, [*SHAPES.values()], a / radius, b / radius), edge)[:, None]
 
     def colour(lightness: ndarray, hue: ndarray, chroma: float) -> ndarray:     # [b, 3, 1, 1]
         thirds = np.arange(3, dtype=np.float32)[:, None, None] / 3
@@ -182,7 +182,7 @@ def render_scenes(u: ndarray, size: int) -> tuple[ndarray, ndarray, ndarray]:
 # ------------------------------------------------------------------------------------------------------------
 # Data sets.  Each has len(), .name, .size, .split, .classes, .note, .labels(indices), dataset[i] -> (uint8
 # [3, s, s], label), and read(indices, places): a uint8 [3, s, s] each, or None where a file is unreadable.  A
-# place is (across, down) in [0, 1); CENTRE is just below one half, so that a margin r has r // 2 before the crop.
+# place is (across, down) in [0, 1); CENTRE is just below one half: of a margin r, r // 2 is before the crop.
 
 CENTRE = np.full((1, 2), 0.499999)
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -206,21 +206,21 @@ class Shapes:
         return self.render(index)[:2]
 
     def render(self, index: int) -> tuple[Tensor, int, Tensor]:
-        """image uint8 [3, s, s], label, foreground coverage [s, s] in [0, 1] (as it is under the glassy shape)."""
+        """image uint8 [3, s, s], label, foreground coverage [s, s] in [0, 1] (under the glassy shape)."""
         images, labels, masks = self.render_batch([index])
         return images[0], int(labels[0]), masks[0]
 
     def render_batch(self, indices: list[int] | ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """images uint8 [b, 3, s, s], labels [b], masks [b, s, s]; rendered in pieces that fit a CPU cache."""
-        u, piece = self.numbers(indices), max(1, 2**16 // self.size**2)
+        u, piece = self.numbers(indices, 80), max(1, 2**16 // self.size**2)
         parts = [render_scenes(u[i:i + piece], self.size) for i in range(0, len(u), piece)]
         return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
 
-    def numbers(self, indices: list[int] | ndarray) -> ndarray:
-        return uniform(self.seed, 10 if self.split == "train" else 11, np.asarray(indices), 80)
+    def numbers(self, indices: list[int] | ndarray, count: int) -> ndarray:
+        return uniform(self.seed, 10 if self.split == "train" else 11, np.asarray(indices), count)
 
     def labels(self, indices: list[int] | ndarray) -> Tensor:
-        return torch.from_numpy((self.numbers(indices)[:, 0] * len(SHAPES)).astype(int))
+        return torch.from_numpy((self.numbers(indices, 1)[:, 0] * len(SHAPES)).astype(int))
 
     def read(self, indices: ndarray, places: ndarray) -> list[Tensor | None]:
         return list(self.render_batch(indices)[0])
@@ -254,12 +254,13 @@ class Pictures:
             except Exception:                   # Pillow's decoders raise anything from OSError to SyntaxError
                 images.append(None)
             else:
-                images.append(torch.from_numpy(np.array(adm_crop(image, self.size, *place))).permute(2, 0, 1))
+                pixels = torch.from_numpy(np.array(adm_crop(image, self.size, *place)))
+                images.append(pixels.permute(2, 0, 1).contiguous())
         return images
 
 
 class Cifar10(Pictures):
-    """CIFAR-10 by torchvision, from `root` or downloaded there: 50_000 to train on, its 10_000 test images as val."""
+    """CIFAR-10 by torchvision, in `root` or downloaded there; its 10_000 test images are val."""
 
     def __init__(self, size: int, split: str, root: str) -> None:
         source = torchvision.datasets.CIFAR10
@@ -267,15 +268,15 @@ class Cifar10(Pictures):
         try:
             if not os.path.isdir(target):
                 os.makedirs(root, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=root) as fresh:            # so that nothing is left half-written
+                with tempfile.TemporaryDirectory(dir=root) as fresh:            # nothing is left half-written
                     source(fresh, download=True)
-                    if not os.path.isdir(target):                               # another rank may have been faster
+                    if not os.path.isdir(target):                               # another rank can be faster
                         shutil.move(os.path.join(fresh, source.base_folder), root)
             data = source(root, train=split == "train")
         except Exception as error:              # from URLError to a tar file that ends too early
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"cifar10 is neither readable in {root} nor downloadable ({reason}): put "
-                             f"{source.base_folder}/ there, or give shapes or a directory of images") from None
+            raise InputError(f"cifar10 was neither found in {root} nor downloaded ({reason}): put an intact "
+                             f"{source.base_folder}/ there, or give shapes or a directory") from None
         super().__init__("cifar10", size, split, data.classes, np.array(data.targets))
         self.pixels = data.data
 
@@ -289,8 +290,9 @@ class Folder(Pictures):
     def __init__(self, name: str, size: int, split: str, folder: str, files: dict[str, list[str]]) -> None:
         targets = np.repeat(np.arange(len(files)), [len(part) for part in files.values()])
         super().__init__(name, size, split, list(files), targets)
+        self.folder = folder
         # One array of bytes: a million Python strings would be copied, page by page, into every worker.
-        self.folder, self.files = folder, np.array([os.fsencode(file) for part in files.values() for file in part])
+        self.files = np.array([os.fsencode(file) for part in files.values() for file in part])
 
     def open_image(self, index: int) -> Image.Image:
         with Image.open(self.name_of(index)) as image:
@@ -305,8 +307,8 @@ class Folder(Pictures):
 def adm_crop(image: Image.Image, size: int, across: float = 0.499999, down: float = 0.499999) -> Image.Image:
     """A size x size crop as in ADM (Dhariwal and Nichol 2021), whose statistics published FIDs refer to.
 
-    Halve with a box filter while the short side is at least 2 * size; bring it to `size` with a bicubic one (also
-    upwards); crop, by default at the centre.  An image that is size x size already comes back unchanged.
+    Halve with a box filter while the short side is at least 2 * size; bring it to `size` with a bicubic one
+    (also upwards); crop, by default at the centre.  An image that is size x size comes back unchanged.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -326,9 +328,9 @@ def open_dataset(name: str, size: int, split: str, seed: int = 0, classes: list[
                  root: str = "runs/data") -> Dataset:
     """The data set `name`, at size x size pixels; split: "train" or "val".
 
-    name: "shapes"; "cifar10" (found in `root`, or downloaded there); or a directory with one folder of JPEG, PNG or
-    WebP images per class, or with train/ and val/ (or test/) holding such folders.  Class list: the sorted folder
-    names, those of train/ where there is one, unless `classes` gives it.  A folder of loose images is one class.
+    name: "shapes"; "cifar10" (in `root`, or downloaded there); or a directory with one folder of JPEG, PNG or
+    WebP images per class, or with train/ and val/ (or test/) holding these.  The classes are the sorted
+    folder names, of train/ where there is one, unless `classes` gives them; loose images are one class.
     Images become RGB; transparency is dropped and the EXIF orientation ignored, as in ADM and torchvision.
 
     Without a val/ or test/ folder, "val" is the very same images as "train": nothing is held out unasked.
@@ -361,22 +363,25 @@ def open_folder(name: str, size: int, split: str, classes: list[str] | None) -> 
     wanted = ["train"] if split == "train" else ["val", "test", "train"]
     part = next((part for part in wanted if part in parts), "")
     if parts and not part:
-        raise InputError(f"{name} has {' and '.join(parts)} but no train: add it, or give {name}/{parts[0]} itself")
+        raise InputError(f"{name} has no train/: add it, or give {os.path.join(name, parts[0])} as the data")
     folder, home = os.path.join(name, part), os.path.join(name, "train" if "train" in parts else part)
     present = subfolders(folder)
     classes = classes or subfolders(home) or [os.path.basename(os.path.abspath(name))]
-    if strange := [c for c in present if c not in classes] or ([] if present or len(classes) == 1 else ["."]):
-        raise InputError(f"{folder}: folder '{strange[0]}' is none of the {len(classes)} classes ({classes[0]}, "
-                         f"{classes[-1]}, ..): sort the images into folders of these names")
-    files = {c: [os.path.join(c, file) for file in images_in(os.path.join(folder, c))] if c in present else []
-             for c in classes} if present else {classes[0]: images_in(folder)}
+    strange = [c for c in present if c not in classes]
+    if strange or (not present and len(classes) > 1):
+        problem = f"folder '{strange[0]}' is not a class" if strange else "there are no class folders"
+        raise InputError(f"{folder}: {problem}; sort its images into {len(classes)} folders {classes[0]}, ..")
+    files = {classes[0]: images_in(folder)}
+    if present:
+        files = {c: [os.path.join(c, file) for file in images_in(os.path.join(folder, c))]
+                 if c in present else [] for c in classes}
     dataset = Folder(name, size, split, folder, files)
     if len(dataset) == 0:
-        where = f"directly in its {len(present)} folders ({present[0]}, ..)" if present else "in it"
-        raise InputError(f"{folder}: no {' '.join(ENDINGS)} files {where}: give one folder of images per class")
+        where = f"directly in its folders ({present[0]}, ..)" if present else "in it"
+        raise InputError(f"{folder}: no {' '.join(ENDINGS)} files {where}; give a folder of class folders")
     if all(dataset.read([i], CENTRE) == [None] for i in range(len(dataset))):
-        raise InputError(f"{folder}: none of its {len(dataset)} images can be read ({dataset.name_of(0)}, ..): "
-                         "they are damaged; copy or unpack them again")
+        raise InputError(f"{dataset.name_of(0)} cannot be read, nor any other of {len(dataset)} images; "
+                         "copy or unpack them again")
     if split == "val" and part in ("train", ""):
         dataset.note = f"{name} has no val or test folder: 'val' is the same {len(dataset)} images as 'train'"
     return dataset
@@ -397,24 +402,25 @@ def images_in(folder: str) -> list[str]:
 
 def batches(dataset: Dataset, batch: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1,
             workers: int = 0, augment: bool = True, device: torch.device | str = "cpu") -> Iterator[Batch]:
-    """Endless training batches, from global batch `start` on; `batch` counts the images of all ranks together.
+    """Endless training batches, from global batch `start` on; `batch` counts the images of all ranks.
 
-    Yields {"x": float32 [batch / world, 3, s, s] in [-1, 1], "y": int64, "index": int64, "skipped": list[str]}, x
-    and y on `device`.  augment: random crop and horizontal flip, else the centre crop.  An unreadable file is named
-    in "skipped" and the next readable image takes its place.  Raises: InputError.
+    Yields {"x": float32 [batch / world, 3, s, s] in [-1, 1], "y": int64, "index": int64, "pixels": x as uint8
+    on the CPU, "skipped": list[str]}, x and y on `device`.  augment: random crop and horizontal flip, or else
+    the centre crop.  An unreadable file is named in "skipped"; the next readable image takes its place.
+    Raises: InputError.
     """
     if batch <= 0 or batch % world:
-        raise InputError(f"batch size {batch} must be a positive multiple of the number of processes ({world})")
+        raise InputError(f"batch size {batch} must be a positive multiple of the {world} processes")
     plan = training_plan(len(dataset), batch, seed, start, rank, world)
     return load(Reader(dataset, seed, augment, refill=True), plan, workers, device)
 
 
-def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0, limit: int | None = None,
-         device: torch.device | str = "cpu") -> Iterator[Batch]:
+def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0,
+         limit: int | None = None, device: torch.device | str = "cpu") -> Iterator[Batch]:
     """Every image once over all ranks, centre crop, at most `batch` images at a time in each process.
 
-    limit: only so many images, spread evenly over the data set (and so over sorted classes).  Unreadable files are
-    left out and named in "skipped".  Yields dicts as `batches` does; ranks may differ in their number.
+    limit: only so many images, spread evenly over the data set (and so over its sorted classes).  Unreadable
+    files are left out and named in "skipped".  Yields dicts as `batches` does, not equally many on all ranks.
     """
     if batch <= 0 or (limit is not None and limit <= 0):
         raise InputError(f"batch size {batch} and limit {limit} must be positive")
@@ -439,7 +445,7 @@ def training_plan(n: int, batch: int, seed: int, start: int, rank: int, world: i
         yield indices, positions
 
 
-class Reader(torch.utils.data.Dataset):
+class Reader:
     """(indices, positions) to one batch of uint8 pixels; this is what runs in a worker."""
 
     def __init__(self, dataset: Dataset, seed: int, augment: bool, refill: bool) -> None:
@@ -457,26 +463,28 @@ class Reader(torch.utils.data.Dataset):
                     break
                 indices[slot] = (indices[slot] + 1) % n
                 images[slot], = self.dataset.read(indices[[slot]], places[[slot]])
-        kept = np.array([image is not None for image in images])
-        pixels = torch.stack([torch.zeros(3, size, size, dtype=torch.uint8), *itertools.compress(images, kept)])[1:]
+        kept = [slot for slot, image in enumerate(images) if image is not None]
+        indices, images = indices[kept], [images[slot] for slot in kept]
+        pixels = torch.stack(images) if kept else torch.empty(0, 3, size, size, dtype=torch.uint8)
         if self.augment:
-            flip = torch.from_numpy(u[:, 2] < 0.5)
+            flip = torch.from_numpy(u[kept, 2] < 0.5)
             pixels[flip] = pixels[flip].flip(3)
-        return {"pixels": pixels, "y": self.dataset.labels(indices[kept]), "index": torch.from_numpy(indices[kept]),
+        return {"pixels": pixels, "y": self.dataset.labels(indices), "index": torch.from_numpy(indices),
                 "skipped": skipped}
 
 
 def load(reader: Reader, plan: Iterable, workers: int, device: torch.device | str) -> Iterator[Batch]:
     """Read in `workers` processes (0: in this one) and convert on `device`; bytes are what travels."""
-    cuda = torch.device(device).type == "cuda"
-    # The loader's own generator: without it, it would draw a seed from the random stream of the training.
-    raw_batches = map(reader.__getitem__, plan) if workers == 0 else torch.utils.data.DataLoader(
-        reader, batch_size=None, sampler=plan, num_workers=workers, pin_memory=cuda, generator=torch.Generator())
+    cuda, raw_batches = torch.device(device).type == "cuda", map(reader.__getitem__, plan)
+    if workers > 0:                             # without a generator it would draw a seed from the training's
+        raw_batches = torch.utils.data.DataLoader(reader, batch_size=None, sampler=plan, num_workers=workers,
+                                                  pin_memory=cuda, generator=torch.Generator())
     for raw in raw_batches:
         if reader.refill and len(raw["skipped"]) >= 1000:
-            raise InputError(f"1000 images in a row cannot be read (now {raw['skipped'][-1]}): is the disk there?")
+            raise InputError(f"1000 images cannot be read, the last {raw['skipped'][-1]}: is the disk there?")
         pixels, y = (raw[key].pin_memory() if cuda and workers == 0 else raw[key] for key in ("pixels", "y"))
-        yield {**raw, "x": from_uint8(pixels.to(device, non_blocking=True)), "y": y.to(device, non_blocking=True)}
+        x = from_uint8(pixels.to(device, non_blocking=True))
+        yield {**raw, "x": x, "y": y.to(device, non_blocking=True)}
 
 
 def without_empty(parts: Iterator[Batch]) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ from torch import Tensor
 LDM_F16 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256)
 
 AUTOENCODERS: dict[str, dict] = {
-    "demo": dict(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32,
+    "demo": dict(ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32,
                  z_channels=8),
     "f16d16": LDM_F16 | dict(z_channels=16),
     "f16d32": LDM_F16 | dict(z_channels=32),
@@ -608,14 +608,13 @@ def read_kind(path: str | Path, kind: str) -> dict:
     return checkpoint
 
 
-def tensors(state: dict, dropped: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors of a state dict, less DistributedDataParallel's `module.` and the dropped prefixes."""
-    state = {name.removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
-    return {name: value for name, value in state.items() if not name.startswith(dropped)}
+def tensors(state: dict) -> dict[str, Tensor]:
+    """The tensors of a state dict, without the `module.` that DistributedDataParallel puts before names."""
+    return {name.removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
 
 
 def published_autoencoder_config(state: dict[str, Tensor]) -> dict:
-    """All published files of this layout are LDM's f16; the number of channels is in post_quant_conv."""
+    """LDM's f16, like VA-VAE, with the number of channels that post_quant_conv has."""
     weight = state.get("post_quant_conv.weight")
     return AUTOENCODERS["f16d32"] if weight is None else LDM_F16 | dict(z_channels=len(weight))
 
@@ -631,8 +630,9 @@ def load_autoencoder(path: str | Path, config: dict | None = None) -> tuple[Auto
     Raises FileNotFoundError, or ValueError when the file is damaged or a tensor is missing, extra, misshapen.
     """
     checkpoint = read_kind(path, "tokenizer")
-    state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-    state = tensors(state, dropped=("loss.", "foundation_model.", "linear_proj."))
+    state = tensors(checkpoint.get("model", checkpoint.get("state_dict", checkpoint)))
+    company = ("loss.", "foundation_model.", "linear_proj.")
+    state = {name: value for name, value in state.items() if not name.startswith(company)}
     config = config or checkpoint.get("model_config") or published_autoencoder_config(state)
     autoencoder = build_autoencoder(config)
     load_strict(autoencoder, state, path)
@@ -670,7 +670,7 @@ def load_dit(path: str | Path, weights: str = "ema", config: dict | None = None)
     checkpoint = read_kind(path, "dit")
     if weights not in checkpoint and ("model" in checkpoint or "ema" in checkpoint):
         raise ValueError(f'{path} holds no "{weights}" weights')
-    state = tensors(checkpoint.get(weights, checkpoint), dropped=("feat_rope.",))
+    state = tensors(checkpoint.get(weights, checkpoint))
     config = config or checkpoint.get("model_config") or published_dit_config(state, path)
     dit = build_dit(config)
     tables = {f"feat_rope.{name}": value for name, value in dit.feat_rope.named_buffers()}

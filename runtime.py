@@ -142,6 +142,14 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def mean_over_ranks(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Average of each [] tensor over the processes, for the log: a rank holds the mean of its own images."""
+    if not dist.is_initialized():
+        return terms
+    values = all_reduce_sum(torch.stack([v.detach().float() for v in terms.values()])) / dist.get_world_size()
+    return dict(zip(terms, values))
+
+
 def gather_rows(tensor: Tensor, runtime: Runtime) -> Tensor:
     """Concatenate every rank's rows in rank order, on every rank.  [n_r, ...] -> [sum n_r, ...]; n_r may
     differ.
@@ -209,7 +217,7 @@ def save_atomic(state: dict[str, Any], path: str | Path) -> None:
     """torch.save under a temporary name in the same folder, flushed to disk, then os.replace."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()

@@ -30,7 +30,7 @@ from runtime import InputError, Runtime
 # Knobs.  A preset is a row of defaults; any flag overrides it.  B and XL carry the paper's batch and rate.
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(model="demo", batch=64, lr=1e-3, steps=3000, ema=0.999),
+    "demo": dict(model="demo", batch=32, lr=1e-3, steps=3000, ema=0.999),
     "B": dict(model="B", batch=1024, lr=2e-4, steps=100_080, ema=0.9999),     # 80 epochs of ImageNet
     "XL": dict(model="XL", batch=768, lr=1.8e-4, steps=884_040, ema=0.9999),  # 530 epochs
 }
@@ -272,6 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         last = step + 1 == args.steps
         if (step + 1) % args.log_every == 0 or last:
             finite.flush()
+            terms = runtime.mean_over_ranks(terms)
             log.write(step=step + 1, **terms, grad_norm=norm, by_t=bins.read(), skipped=skipped,
                       lr=optimizer.param_groups[0]["lr"])
             bar.set_postfix(v=f"{terms['velocity'].item():.4f}")

@@ -1,0 +1,208 @@
+"""The tokenizer's stage end to end: every loss, resume after SIGKILL, two processes, the log, and bad
+input.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import models
+import train_tokenizer
+
+HERE = Path(__file__).parent
+TINY = ["--smoke", "--warmup", "1"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def train(out: Path, *flags: str) -> dict:
+    train_tokenizer.main([*TINY, "--out", str(out), *flags])
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def script(*command: str) -> list[str]:
+    return [sys.executable, str(HERE / "train_tokenizer.py"), *TINY, *command]
+
+
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def offline(*args, **kwargs):
+    raise OSError("no network")
+
+
+def assert_same(a: object, b: object) -> None:
+    """Bitwise equality of nested containers of tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for left, right in zip(a, b):
+            assert_same(left, right)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def update_difference(a: dict, b: dict, start: dict) -> float:
+    """|a - b| / |a - start| over all parameters: what rounding did, relative to what training did."""
+    flat = [torch.cat([state[k].double().flatten() for k in start]) for state in (a, b, start)]
+    return ((flat[0] - flat[1]).norm() / (flat[0] - flat[2]).norm()).item()
+
+
+@pytest.mark.parametrize("loss", ["ve", "kl", "sigma", "none"])
+def test_smoke_for_every_loss(tmp_path, loss):
+    state = train(tmp_path, "--loss", loss)
+    assert state["step"] == 4 and (tmp_path / "images" / "0000004.png").stat().st_size > 0
+    lines = read_log(tmp_path)
+    terms = {"ve": {"var", "reg"}, "kl": {"kl"}, "sigma": {"mean"}, "none": set()}[loss]
+    assert lines[0]["config"]["loss"] == loss
+    assert {"rec", *terms} <= set(lines[1]) and not {"var", "reg", "kl", "mean"} - terms & set(lines[1])
+    autoencoder, checkpoint = models.load_autoencoder(tmp_path / "checkpoint.pt")
+    assert checkpoint["latent_std"].shape == (autoencoder.channels,) and (checkpoint["latent_std"] > 0).all()
+
+
+def test_bare_smoke_needs_no_other_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer.main(["--smoke"])
+    assert (tmp_path / "runs/smoke/tokenizer/checkpoint.pt").exists()
+
+
+def test_latent_statistics_are_those_of_the_sampled_latent(tmp_path):
+    """With --loss none the sample is the mean, so the stored statistics must be those of encoding by hand."""
+    import data
+    state = train(tmp_path, "--loss", "none")
+    autoencoder, _ = models.load_autoencoder(tmp_path / "checkpoint.pt")
+    x = torch.cat([b["x"] for b in data.once(data.open_dataset("shapes", 32, "train"), 8, limit=8)])
+    with torch.no_grad():
+        z = autoencoder.encode(x)[:, :autoencoder.channels].transpose(0, 1).flatten(1)
+    assert_close(state["latent_mean"], z.mean(1), rtol=1e-4, atol=1e-5)
+    assert_close(state["latent_std"], z.std(1, unbiased=False), rtol=1e-4, atol=1e-5)
+
+
+def test_two_plus_two_steps_are_four(tmp_path):
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "parts", "--steps", "2")
+    parts = train(tmp_path / "parts")
+    for key in ("model", "optimizer", "latent_mean", "latent_std", "step"):
+        assert_same(whole[key], parts[key])
+    logs = [[line for line in read_log(tmp_path / name) if "rec" in line] for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_killed_with_sigkill_the_same_command_ends_bit_identical(tmp_path):
+    flags = ["--steps", "40", "--save-every", "3", "--image-every", "40"]
+    whole = train(tmp_path / "whole", *flags)
+    out = tmp_path / "killed"
+    process = subprocess.Popen(script("--out", str(out), *flags), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out / "checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 40, "it finished before the kill"
+    resumed = train(out, *flags)
+    assert resumed["step"] == 40
+    for key in ("model", "optimizer", "latent_mean", "latent_std"):
+        assert_same(whole[key], resumed[key])
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    train(tmp_path)
+    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    train(tmp_path)
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+    assert "already has 4" in capsys.readouterr().out
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """The same global batch and noise: only the order of the sums differs.
+
+    Gradient and terms of the first step agree to rounding.  AdamW then divides by |gradient|, which turns the
+    rounding of vanishing gradients into whole steps: afterwards the updates agree as vectors.
+    """
+    flags = ["--steps", "3", "--save-every", "3"]
+    torch.manual_seed(0)
+    start = models.build_autoencoder(models.AUTOENCODERS["demo"]).state_dict()
+    one = train(tmp_path / "one", *flags)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
+           *script("--out", str(tmp_path / "two"), *flags)[1:]]
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = torch.load(tmp_path / "two" / "checkpoint.pt", weights_only=True)
+    first = [read_log(tmp_path / name)[1] for name in ("one", "two")]
+    for key in ("rec", "var", "reg", "grad_norm"):
+        assert_close(first[0][key], first[1][key], rtol=1e-5, atol=0)
+    assert update_difference(one["model"], two["model"], start) < 0.05
+    assert_close(one["latent_std"], two["latent_std"], rtol=1e-2, atol=1e-3)
+
+
+def test_mean_reduction_trains_as_sum_reduction(tmp_path):
+    """Dividing objective and clipping threshold alike changes AdamW's path by its epsilon only."""
+    torch.manual_seed(0)
+    start = models.build_autoencoder(models.AUTOENCODERS["demo"]).state_dict()
+    a, b = (train(tmp_path / r, "--reduction", r)["model"] for r in ("sum", "mean"))
+    assert update_difference(a, b, start) < 0.05
+
+
+def test_unreadable_files_are_counted_in_the_log(tmp_path):
+    from PIL import Image
+    folder = tmp_path / "images" / "train" / "a"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.effect_noise((32, 32), 50).convert("RGB").save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:100])
+    train(tmp_path / "run", "--data", str(tmp_path / "images"))
+    last = [line for line in read_log(tmp_path / "run") if "rec" in line][-1]
+    assert last["skipped"] >= 2                # 4 steps of 4 from an epoch of 5: three whole epochs
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", "30"], "--size 30 is not a multiple of 4, the stride of --model demo; use 32"),
+    (["--data", "no/such/folder"], "no/such/folder"),
+    (["--delta", "0"], "--delta must be positive"),
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--perceptual-weight", "1"], "vgg16-397923af.pth"),
+])
+def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run", *flags)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_another_loss_is_refused(tmp_path, capsys):
+    train(tmp_path, "--steps", "2")
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, "--loss", "kl")
+    assert stop.value.code == 2 and "--loss ve (now kl)" in capsys.readouterr().err
+
+
+def test_a_non_finite_step_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    train(tmp_path, "--steps", "2")
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("losses.inverse_variance", lambda logvar, delta: logvar.sum() * float("nan"))
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path)
+    assert stop.value.code == 2 and "step 2: var is nan" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
