@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "B": dict(model="B", batch=1024, lr=2e-4, steps=100_080, ema=0.9999),     # 80 epochs of ImageNet
     "XL": dict(model="XL", batch=768, lr=1.8e-4, steps=884_040, ema=0.9999),  # 530 epochs
 }
-FREE = {"steps", "log_every", "save_every", "image_every", "workers", "device", "out", "smoke"}
-SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, image_every=4, workers=0,
+FREE = {"steps", "log_every", "save_every", "image_every", "grid_steps", "workers", "device", "out", "smoke"}
+SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, image_every=4, grid_steps=1, workers=0,
              out=Path("runs/smoke/dit"), tokenizer=Path("runs/smoke/tokenizer/checkpoint.pt"))
 BINS = 10   # of t, for the logged loss
 
@@ -74,6 +74,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     g.add_argument("--image-every", type=int, default=1000, help="steps between sample grids")
+    g.add_argument("--grid-steps", type=int, default=25, help="Euler steps of these grids")
     g.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
     first, _ = p.parse_known_args(argv)
     p.set_defaults(**PRESETS[first.preset] | (SMOKE if first.smoke else {}))
@@ -169,7 +170,7 @@ class TimeBins:
 
 
 def sample_grid(dit: models.DiT, latents: Latents, classes: int, args: argparse.Namespace, rt: Runtime,
-                per_class: int = 8, steps: int = 25) -> Tensor:
+                per_class: int = 8) -> Tensor:
     """A picture of the averaged network: one row for each of the first ten classes, the same noise every
     time.
     """
@@ -182,14 +183,14 @@ def sample_grid(dit: models.DiT, latents: Latents, classes: int, args: argparse.
         with rt.autocast(args.precision):
             return dit(x, torch.full((len(x),), t, device=rt.device), y)
 
-    x_hat = latents.decode(losses.euler(velocity_fn, noise, steps)).cpu()
+    x_hat = latents.decode(losses.euler(velocity_fn, noise, args.grid_steps)).cpu()
     return make_grid(x_hat.clamp(-1, 1) / 2 + 0.5, nrow=per_class, padding=2)
 
 
 def check(args: argparse.Namespace, rt: Runtime) -> None:
     if args.batch % rt.world:
         raise InputError(f"--batch {args.batch} does not divide over {rt.world} processes")
-    for name in ("batch", "steps", "log_every", "save_every", "image_every"):
+    for name in ("batch", "steps", "log_every", "save_every", "image_every", "grid_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("ema", "label_dropout"):
