@@ -243,6 +243,67 @@ def square_magnitude(mean: Tensor) -> Tensor:
     return _sum_per_sample(mean.square()).mean()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# What the paper's tokenizers train with beside Eqs. 1-11: VQGAN's adversarial loss, and VA-VAE's alignment to
+# a vision foundation model.  Both are balanced against the reconstruction by the gradients at one layer.
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """1/2 ( E max(0, 1 - D(x)) + E max(0, 1 + D(x_hat)) ): what the discriminator minimises.
+
+    real, fake: logits of any shape.  Reduction: mean over everything.  Returns: [].
+    Minimum 0 where real >= 1 and fake <= -1.  Gradient: to both.  Batch statistics: none here, but
+    PatchGAN's.
+    """
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def hinge_generator(fake: Tensor) -> Tensor:
+    """-E D(x_hat): what the autoencoder minimises.  fake: logits of any shape, mean over everything -> []."""
+    return -fake.mean()
+
+
+def adaptive_weight(reference: Tensor, other: Tensor, eps: float = 1e-4, maximum: float = 1e4) -> Tensor:
+    """||reference|| / (||other|| + eps), at most `maximum`: brings a second loss up to the reconstruction.
+
+    reference, other: gradients of the two losses at one parameter, any equal shape.  Returns: [], no
+    gradient. VQGAN and LDM: the adversarial loss at the decoder's last layer, maximum 1e4.  VA-VAE: the
+    alignment at the encoder's last layer, maximum 1e8.  With summed losses the ratio is N_x times that of
+    means and can sit on its maximum: the log says so.
+    """
+    ratio = reference.float().norm() / (other.float().norm() + eps)
+    return ratio.clamp(max=maximum).detach()
+
+
+def marginal_cosine(projected: Tensor, teacher: Tensor, margin: float = 0.5) -> Tensor:
+    """mean over positions of max(0, 1 - margin - cos(projected, teacher)): VA-VAE's L_mcos.
+
+    projected, teacher: [B, D, h, w].  Reduction: mean over B, h, w.  Returns: [] in [0, 2 - margin].
+    Minimum 0 where the cosine is at least 1 - margin.  Gradient: to both.  Batch statistics: none.
+    """
+    return F.relu(1 - margin - F.cosine_similarity(projected, teacher, dim=1)).mean()
+
+
+def marginal_distance_matrix(projected: Tensor, teacher: Tensor, margin: float = 0.25) -> Tensor:
+    """mean over pairs (i, j) of positions of max(0, |cos(z_i, z_j) - cos(f_i, f_j)| - margin): VA-VAE's
+    L_mdms.
+
+    projected z, teacher f: [B, D, h, w] (their widths may differ).  Reduction: mean over B and the (hw)^2
+    pairs.
+    Returns: [] in [0, 2 - margin].  Minimum 0 where the similarity structures agree up to the margin.
+    Gradient: to both.  Batch statistics: none.
+    """
+    def similarity(a: Tensor) -> Tensor:
+        unit = F.normalize(a.flatten(2), dim=1)                                                 # [B, D, N]
+        return unit.mT @ unit
+
+    return F.relu((similarity(projected) - similarity(teacher)).abs() - margin).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objective.
+
+
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """sum_k weights[k] * terms[k]: Eq. 1 or Eq. 11, by name.  A term without a weight is a KeyError.
 

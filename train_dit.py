@@ -247,21 +247,22 @@ def main(argv: list[str] | None = None) -> None:
     objective = Objective(dit, args, rt)
     step_module = rt.wrap(objective)
     local = args.batch // rt.world
-    loader = data.batches(dataset, args.batch, args.seed, done, rt.rank, rt.world, args.workers)
+    loader = data.batches(dataset, args.batch, args.seed, done, rt.rank, rt.world, args.workers,
+                          device=rt.device)
     finite, bins, skipped = runtime.FiniteCheck(rt.device), TimeBins(rt.device), 0
     bar = tqdm(range(done, args.steps), initial=done, total=args.steps, disable=not rt.is_main, desc="dit")
     for step in bar:
         batch = next(loader)
         skipped += runtime.report_skipped(batch["skipped"])
-        x, y = batch["x"].to(rt.device, non_blocking=True), batch["y"].to(rt.device, non_blocking=True)
-        z = latents.encode(x, runtime.global_randn((local, *latents.shape), rt, args.seed, "posterior", step),
+        z = latents.encode(batch["x"],
+                           runtime.global_randn((local, *latents.shape), rt, args.seed, "posterior", step),
                            runtime.global_randn((local,), rt, args.seed, "scale", step))
         eps = runtime.global_randn((local, *latents.shape), rt, args.seed, "eps", step)
         t = draw_times(local, args.t, rt, args.seed, step)
         dropped = runtime.global_rand(local, rt, args.seed, "labels", step) < args.label_dropout
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-        terms, per_sample = step_module(z, eps, t, torch.where(dropped, classes, y))
+        terms, per_sample = step_module(z, eps, t, torch.where(dropped, classes, batch["y"]))
         optimizer.zero_grad(set_to_none=True)
         losses.weighted_sum(terms, objective.weights).backward()
         norm = nn.utils.clip_grad_norm_(parameters, args.clip)

@@ -211,8 +211,8 @@ def latent_statistics(objective: Objective, dataset: Any, args: argparse.Namespa
     objective.eval()
     total = torch.zeros(3, objective.autoencoder.channels, dtype=torch.float64, device=rt.device)
     batch = max(1, args.batch // rt.world)
-    for b in data.once(dataset, batch, rt.rank, rt.world, limit=args.stats_images):
-        x = b["x"].to(rt.device)
+    for b in data.once(dataset, batch, rt.rank, rt.world, limit=args.stats_images, device=rt.device):
+        x = b["x"]
         with rt.autocast(args.precision):
             m = objective.autoencoder.encode(x)
         shape = (len(x), objective.autoencoder.channels, *m.shape[2:])
@@ -291,14 +291,15 @@ def main(argv: list[str] | None = None) -> None:
     side = args.size // autoencoder.stride
     shape = (args.batch // rt.world, autoencoder.channels, side, side)
     held_out = torch.cat([b["x"] for b in data.once(held_out_set, args.batch, limit=args.eval_images)])
-    loader = data.batches(train_set, args.batch, args.seed, done, rt.rank, rt.world, args.workers)
+    loader = data.batches(train_set, args.batch, args.seed, done, rt.rank, rt.world, args.workers,
+                          device=rt.device)
     finite = runtime.FiniteCheck(rt.device)
     skipped = 0
     bar = tqdm(range(done, args.steps), "tokenizer", args.steps, initial=done, disable=not rt.is_main)
     for step in bar:
         batch = next(loader)
         skipped += runtime.report_skipped(batch["skipped"])
-        x = batch["x"].to(rt.device, non_blocking=True, memory_format=torch.channels_last)
+        x = batch["x"].contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         terms, moments = step_module(x, *noise(rt, args, shape, step))
