@@ -90,11 +90,15 @@ class Runtime:
         return nullcontext()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """DistributedDataParallel when there is more than one process; the model itself otherwise."""
+        """DistributedDataParallel when there is more than one process; the model itself otherwise.
+
+        Buffers are not broadcast: ours are constants, or batch statistics that only the rank itself uses.
+        """
         if self.world == 1:
             return model
         ids = [self.local_rank] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                                   broadcast_buffers=False)
 
 
 def start(device: str = "auto") -> Runtime:
@@ -142,11 +146,24 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def sync_gradients(module: nn.Module, now: bool) -> AbstractContextManager:
+    """Around forward and backward of one part of an accumulated batch: DDP averages gradients only if
+    `now`.
+    """
+    ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+    return module.no_sync() if ddp and not now else nullcontext()
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Average over the processes, in place; the tensor itself in a world of one."""
+    return all_reduce_sum(tensor).div_(dist.get_world_size()) if dist.is_initialized() else tensor
+
+
 def mean_over_ranks(terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """Average of each [] tensor over the processes, for the log: a rank holds the mean of its own images."""
     if not dist.is_initialized():
         return terms
-    values = all_reduce_sum(torch.stack([v.detach().float() for v in terms.values()])) / dist.get_world_size()
+    values = all_reduce_mean(torch.stack([v.detach().float() for v in terms.values()]))
     return dict(zip(terms, values))
 
 

@@ -382,3 +382,41 @@ def test_euler_of_n_steps_is_n_evaluations_ending_before_one():
     assert_close(torch.tensor(times), torch.arange(20) / 20)
     with pytest.raises(ValueError):
         losses.time_grid(0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adversarial loss and alignment.
+
+
+def test_hinge_losses_by_hand():
+    """Discriminator: 1/2 (mean of [0, 0.5] + mean of [0, 3]) = 0.875; generator: -(-2 + 2) / 2 = 0."""
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 2.0])
+    assert_close(losses.hinge_discriminator(real, fake), torch.tensor(0.875))
+    assert_close(losses.hinge_generator(fake), torch.tensor(0.0))
+
+
+def test_adaptive_weight_is_the_clamped_ratio_of_norms_without_gradient():
+    a, b = torch.tensor([3.0, 4.0], requires_grad=True), torch.tensor([0.0, 2.0], requires_grad=True)
+    weight = losses.adaptive_weight(a, b)
+    assert_close(weight, torch.tensor(5 / 2.0001))
+    assert not weight.requires_grad
+    assert losses.adaptive_weight(a, torch.zeros(2)) == 1e4
+
+
+def test_alignment_losses_against_double_loops():
+    z, f = randn(2, 4, 2, 3), randn(2, 4, 2, 3, seed=1)
+    cosines, distances = [], []
+
+    def cosine(p: Tensor, q: Tensor) -> float:
+        return float(p.double() @ q.double() / (p.double().norm() * q.double().norm()))
+
+    for b in range(2):
+        zs, fs = z[b].flatten(1).T, f[b].flatten(1).T
+        for i in range(6):
+            cosines.append(max(0.0, 1 - 0.5 - cosine(zs[i], fs[i])))
+            for j in range(6):
+                distances.append(max(0.0, abs(cosine(zs[i], zs[j]) - cosine(fs[i], fs[j])) - 0.25))
+    assert_close(losses.marginal_cosine(z, f, 0.5), torch.tensor(sum(cosines) / len(cosines)).float())
+    expected = torch.tensor(sum(distances) / len(distances)).float()
+    assert_close(losses.marginal_distance_matrix(z, f, 0.25), expected)
+    assert losses.marginal_cosine(f, 2 * f, 0.0) < 1e-6 and losses.marginal_distance_matrix(f, f, 0.0) < 1e-6

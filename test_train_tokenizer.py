@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import losses
 import models
+import runtime
 import train_tokenizer
 
 HERE = Path(__file__).parent
@@ -206,3 +208,172 @@ def test_a_non_finite_step_stops_the_run_and_keeps_the_last_checkpoint(tmp_path,
             train(tmp_path)
     assert stop.value.code == 2 and "step 2: var is nan" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adversarial training.
+
+GAN = ["--disc-weight", "0.5", "--disc-start", "2"]
+
+
+def adversarial_parts(**flags: object) -> tuple:
+    """Arguments, objective, adversary and one batch, as `main` makes them."""
+    argv = [*TINY, *GAN, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
+    args, rt = train_tokenizer.parse(argv), runtime.Runtime(torch.device("cpu"))
+    torch.manual_seed(0)
+    objective = train_tokenizer.Objective(models.build_autoencoder(models.AUTOENCODERS["demo"]), args, rt)
+    adversary = train_tokenizer.Adversary(args, rt)
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    eps = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    return args, objective, adversary, (x, eps, torch.zeros(4))
+
+
+def test_the_discriminator_starts_when_told_and_the_autoencoder_hears_it_later(tmp_path):
+    train(tmp_path, *GAN, "--disc-warmup", "1")
+    lines = [line for line in read_log(tmp_path) if "rec" in line]
+    assert [("disc" in line, "adv" in line) for line in lines] == [
+        (False, False), (True, False), (True, True), (True, True)]
+
+
+def test_no_adversarial_code_runs_without_a_weight(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "PatchGAN", None)
+    assert "discriminator" not in train(tmp_path, "--disc-weight", "0", "--disc-start", "0")
+
+
+def test_adaptive_weight_is_the_ratio_of_explicit_last_layer_gradients():
+    args, objective, adversary, batch = adversarial_parts()
+    terms, *_ = train_tokenizer.step_gradients(objective, objective, adversary, [batch], 2, 1.0, args)
+    layer = objective.autoencoder.last_layer
+    norms = []
+    for adversarial in (False, True):
+        values, _, x_hat = objective(*batch)
+        loss = -adversary.net(x_hat).mean() if adversarial else values["rec"]
+        norms.append(torch.autograd.grad(loss, layer)[0].norm())
+    assert_close(terms["adv_weight"], 0.5 * norms[0] / (norms[1] + 1e-4), rtol=1e-4, atol=0)
+
+
+def test_constant_weight_is_in_units_of_a_mean_reconstruction():
+    args, objective, adversary, batch = adversarial_parts()
+    args.disc_adaptive = False
+    terms, *_ = train_tokenizer.step_gradients(objective, objective, adversary, [batch], 2, 1.0, args)
+    assert_close(terms["adv_weight"], torch.tensor(0.5 * 3 * 32 * 32))
+
+
+def test_each_side_trains_its_own_network_only():
+    args, objective, adversary, batch = adversarial_parts()
+    *_, pairs = train_tokenizer.step_gradients(objective, objective, adversary, [batch], 2, 1.0, args)
+    assert all(p.grad is not None for p in objective.autoencoder.parameters())
+    assert all(p.grad is None for p in adversary.net.parameters())
+    objective.zero_grad(set_to_none=True)
+    before = [p.detach().clone() for p in adversary.net.parameters()]
+    adversary.learn(pairs, 1e-3)
+    assert all(p.grad is None for p in objective.autoencoder.parameters())
+    assert all(not torch.equal(p, q) for p, q in zip(adversary.net.parameters(), before))
+
+
+def test_the_adversarial_gradient_is_added_at_its_weight():
+    """Gradient of the whole = gradient without D + weight * gradient of -E D(x_hat)."""
+    args, objective, adversary, batch = adversarial_parts()
+    layer = objective.autoencoder.last_layer
+    terms, *_ = train_tokenizer.step_gradients(objective, objective, adversary, [batch], 2, 1.0, args)
+    whole = layer.grad.clone()
+    objective.zero_grad(set_to_none=True)
+    train_tokenizer.step_gradients(objective, objective, None, [batch], 2, 1.0, args)
+    _, _, x_hat = objective(*batch)
+    fooling = torch.autograd.grad(losses.hinge_generator(adversary.net(x_hat)), layer)[0]
+    assert_close(whole, layer.grad + terms["adv_weight"] * fooling, rtol=1e-4, atol=1e-3)
+
+
+def test_accumulated_halves_are_the_whole_batch_for_both_optimisers():
+    """Without BatchNorm's batch statistics (eval mode) and at a constant weight, halves must add up
+    exactly.
+    """
+    args, objective, adversary, batch = adversarial_parts()
+    args.disc_adaptive = False
+    adversary.net.eval()
+    gradients = []
+    for k in (1, 2):
+        objective.zero_grad(set_to_none=True)
+        parts = list(zip(*(a.chunk(k) for a in batch)))
+        *_, pairs = train_tokenizer.step_gradients(objective, objective, adversary, parts, 2, 1.0, args)
+        adversary.learn(pairs, 0.0)
+        nets = (objective.autoencoder, adversary.net)
+        gradients.append([p.grad.clone() for net in nets for p in net.parameters()])
+    for whole, halves in zip(*gradients):
+        assert_close(whole, halves, rtol=1e-4, atol=1e-4 * whole.abs().max().item() + 1e-8)
+
+
+def test_adversarial_run_resumes_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole", *GAN)
+    train(tmp_path / "parts", *GAN, "--steps", "3")
+    parts = train(tmp_path / "parts", *GAN)
+    for key in ("model", "optimizer", "discriminator", "disc_optimizer"):
+        assert_same(whole[key], parts[key])
+
+
+def test_two_processes_train_adversarially_with_equal_parameters(tmp_path):
+    """BatchNorm sees each rank's own half, so this is not one process's run; the ranks must agree with
+    each other.
+    """
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29614",
+           *script("--out", str(tmp_path), *GAN, "--accumulate", "2")[1:]]
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {"adv", "adv_weight", "disc"} <= set(read_log(tmp_path)[-2])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Starting from a checkpoint, and writing one for others.
+
+
+def test_export_and_init_close_the_circle(tmp_path):
+    state = train(tmp_path / "a", *GAN)
+    train_tokenizer.main(["--out", str(tmp_path / "a"), "--export", str(tmp_path / "published.pt")])
+    published = torch.load(tmp_path / "published.pt", weights_only=True)["state_dict"]
+    assert {k for k in published if not k.startswith("loss.")} == set(state["model"])
+    other = train(tmp_path / "b", *GAN, "--init", str(tmp_path / "published.pt"), "--lr", "0")
+    assert_same(other["model"], state["model"])
+    learned = [k for k in state["discriminator"] if "running" not in k and "num_batches" not in k]
+    for key in learned:
+        assert_same(other["discriminator"][key], state["discriminator"][key])
+    statistics = torch.load(tmp_path / "latents_stats.pt", weights_only=True)
+    assert_same(statistics["mean"].flatten(), state["latent_mean"])
+
+
+def test_init_sigma_sets_every_posterior(tmp_path):
+    train(tmp_path / "a")
+    flags = ["--init", str(tmp_path / "a/checkpoint.pt"), "--init-sigma", "0.05", "--lr", "0"]
+    train(tmp_path / "b", *flags)
+    line = [line for line in read_log(tmp_path / "b") if "sigma2" in line][-1]
+    assert_close(line["sigma2"], 0.05 ** 2, rtol=1e-4, atol=0)
+    assert_close(line["sigma2_p99"], 0.05 ** 2, rtol=1e-4, atol=0)
+
+
+def test_ve_warmup_ramps_the_force():
+    """At lambda1 = 0.1 over 4 steps, step 0 weighs L_var 0.025: gradient on the log-variance a quarter of
+    the full.
+    """
+    args, objective, _, batch = adversarial_parts()
+    bias = objective.autoencoder.quant_conv.bias
+    gradients = {}
+    for warmup in (0, 4):
+        args.ve_warmup = warmup
+        objective.zero_grad(set_to_none=True)
+        objective.weights |= {"rec": 0.0, "reg": 0.0}
+        train_tokenizer.step_gradients(objective, objective, None, [batch], 0, 1.0, args)
+        gradients[warmup] = bias.grad.clone()
+    assert_close(gradients[4], gradients[0] / 4)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--init", "no/such/file.pt"], "no/such/file.pt"),
+    (["--init-sigma", "0.1"], "needs --init"),
+    (["--accumulate", "3"], "--accumulate 3 does not divide the 4 images"),
+    (["--disc-weight", "0.5", "--size", "16"], "too small for the discriminator"),
+    (["--export", "x.pt"], "is not a file"),
+])
+def test_more_bad_input(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run", *flags)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(error) == 1 and message in error[0]

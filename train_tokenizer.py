@@ -1,19 +1,19 @@
 """Train a tokenizer x -> z -> x_hat with the VE loss or one of its baselines (Sec. 4 of the paper).
 
-    laptop       python train_tokenizer.py                                   # VE, built-in shapes, minutes on
-    a CPU one GPU      python train_tokenizer.py --preset f16d32 --data imagenet/train
-    eight GPUs   torchrun --nproc_per_node=8 train_tokenizer.py --preset f16d32 --data imagenet/train
+    laptop       python train_tokenizer.py                      # VE on built-in shapes, minutes on a CPU
+    one GPU      python train_tokenizer.py --preset vavae-f16d32 --data imagenet
+    eight GPUs   torchrun --nproc_per_node=8 train_tokenizer.py --preset vavae-f16d32 --data imagenet
 
 --loss ve     L_rec + lambda1 / (sigma^2 + delta) + lambda2 exp(|z| - tau)      Eqs. 9-11
 --loss kl     L_rec + beta KL                                                   Eq. 1
 --loss sigma  L_rec + w |mean|^2, the noise fixed in advance                    sigma-VAE
 --loss none   L_rec, no noise at all
 
-Killed at any moment, the same command goes on from runs/tokenizer/checkpoint.pt and ends with the same
-numbers.
+A run that was killed goes on from --out's checkpoint.pt when the command is repeated, to the same numbers.
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ from runtime import InputError, Runtime
 
 # ------------------------------------------------------------------------------------------------------------
 # Knobs.  A preset is a row of defaults; any flag overrides it.  The learning rate is the paper's 2.5e-5 at
-# batch 64 for the f16 tokenizers and is never scaled behind your back.
+# batch 64 for the f16 tokenizers and is never scaled behind your back.  The discriminator's start counts
+# *batches*: VA-VAE's "5001" counts the steps of two optimisers.
 
+PAPER = dict(size=256, batch=64, lr=2.5e-5, perceptual_weight=1.0, disc_weight=0.5)
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(model="demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0.0),
-    "f16d16": dict(model="f16d16", size=256, batch=64, lr=2.5e-5, steps=200_182, perceptual_weight=1.0),
-    "f16d32": dict(model="f16d32", size=256, batch=64, lr=2.5e-5, steps=320_292, perceptual_weight=1.0),
+    "demo": dict(model="demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0, disc_weight=0),
+    "ldm-f16d16": PAPER | dict(model="f16d16", steps=200_182),   # 10 epochs of ImageNet
+    "vavae-f16d32": PAPER | dict(model="f16d32", steps=320_292),   # 16 epochs
+    "vavae-f16d32-finetune": PAPER | dict(model="f16d32", steps=100_091, disc_start=0),   # 5 epochs
 }
 FREE = {"steps", "log_every", "save_every", "image_every", "workers", "device", "out", "smoke", "eval_images"}
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, image_every=4, eval_images=8, stats_images=8,
@@ -51,6 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data", default="shapes", help="'shapes', 'cifar10', or a folder of class folders")
     p.add_argument("--size", type=int, help="image side in pixels")
     p.add_argument("--model", choices=models.AUTOENCODERS, help="row of models.AUTOENCODERS")
+    p.add_argument("--export", type=Path, metavar="FILE",
+                   help="train nothing: write the run in --out as a VA-VAE checkpoint, for LightningDiT")
     p.add_argument("--out", type=Path, default=Path("runs/tokenizer"), help="folder of checkpoint and log")
     g = p.add_argument_group("loss (weights are for sums over C*H*W, averaged over the batch)")
     g.add_argument("--loss", choices=["ve", "kl", "sigma", "none"], default="ve", help="what acts on z")
@@ -65,6 +70,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--mean-weight", type=float, default=0.24,
                    help="sigma: weight of |mean|^2 (LatentLM's 0.01 of means is 0.24 of sums for f16d32)")
     g.add_argument("--perceptual-weight", type=float, help="weight of N_x * LPIPS; 0 needs no VGG weights")
+    g.add_argument("--disc-weight", type=float, help="weight of the adversarial loss; 0: no discriminator")
+    g.add_argument("--disc-start", type=int, default=2501, help="batches before the autoencoder hears of it")
+    g.add_argument("--disc-warmup", type=int, default=0, help="batches the discriminator learns before that")
+    g.add_argument("--disc-adaptive", action=argparse.BooleanOptionalAction, default=True,
+                   help="scale it to the reconstruction's gradient at the decoder's last layer; otherwise by "
+                   "C*H*W, which makes 0.5 the constant weight of GAE")
     g.add_argument("--reduction", choices=["sum", "mean"], default="sum",
                    help="mean divides the whole objective by C*H*W: the same gradients, scaled")
     g = p.add_argument_group("optimisation (AdamW, betas 0.5 and 0.9, constant rate after a linear warm-up)")
@@ -74,6 +85,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW; the paper does not state it")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, of objective / (C*H*W)")
+    g.add_argument("--accumulate", type=int, default=1, help="parts in which a process takes its batch")
+    g.add_argument("--init", type=Path, help="start from this checkpoint, ours or VA-VAE's or LDM's")
+    g.add_argument("--init-sigma", type=float, help="with --init: set every posterior's sigma to this value")
+    g.add_argument("--ve-warmup", type=int, default=0, help="steps over which lambda1 grows from 0")
     g = p.add_argument_group("running")
     g.add_argument("--seed", type=int, default=0, help="of weights, data order and noise")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -97,7 +112,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Objective(nn.Module):
-    """forward(x, eps, scale) -> (terms, moments): every loss term of one batch, a [] tensor each,
+    """forward(x, eps, scale) -> (terms, moments, x_hat); terms: every loss of the batch, [] each,
     unweighted.
     """
 
@@ -111,7 +126,7 @@ class Objective(nn.Module):
         # In a list, LPIPS is no submodule: it enters neither checkpoint, nor .train(), nor DDP.
         self.lpips = [losses.load_lpips().to(rt.device)] if args.perceptual_weight else []
 
-    def forward(self, x: Tensor, eps: Tensor, scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def forward(self, x: Tensor, eps: Tensor, scale: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         with self.autocast():
             moments = self.autoencoder.encode(x)
         z = losses.sample_posterior(moments, eps, scale, **self.posterior)
@@ -128,7 +143,95 @@ class Objective(nn.Module):
             terms["kl"] = losses.kl_divergence(mean, logvar)
         elif self.loss == "sigma":
             terms["mean"] = losses.square_magnitude(mean)
-        return terms, moments.detach()
+        return terms, moments.detach(), x_hat
+
+
+class Adversary:
+    """VQGAN's discriminator with its optimiser.  `fool` is the autoencoder's side, `learn` the
+    discriminator's.
+
+    Real and reconstructed images pass separately: together they would share BatchNorm's statistics, which
+    belong to one process's part of a batch.
+    """
+
+    class Both(nn.Module):
+        """forward(x, x_hat) -> logits of both, in one forward for DDP."""
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x).float(), self.net(x_hat).float()
+
+    def __init__(self, args: argparse.Namespace, rt: Runtime) -> None:
+        self.args, self.rt = args, rt
+        self.net = models.PatchGAN().to(rt.device, memory_format=torch.channels_last)
+        self.both = rt.wrap(self.Both(self.net))
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=args.lr, betas=(0.5, 0.9),
+                                           weight_decay=args.weight_decay, fused=True)
+
+    def fool(self, x_hat: Tensor) -> Tensor:
+        """-E D(x_hat); no gradient reaches the discriminator."""
+        self.net.requires_grad_(False)
+        with self.rt.autocast(self.args.precision):
+            return losses.hinge_generator(self.net(x_hat).float())
+
+    def weight(self, reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+        """--disc-weight times the ratio of the losses' gradients at the decoder's last layer, over all
+        ranks.
+        """
+        if not self.args.disc_adaptive:
+            return torch.full_like(adversarial, self.args.disc_weight * 3 * self.args.size ** 2)
+        gradients = [runtime.all_reduce_mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
+                     for loss in (reconstruction, adversarial)]
+        return self.args.disc_weight * losses.adaptive_weight(*gradients)
+
+    def state(self) -> dict[str, Any]:
+        return {"discriminator": self.net.state_dict(), "disc_optimizer": self.optimizer.state_dict()}
+
+    def learn(self, pairs: list[tuple[Tensor, Tensor]], lr: float) -> dict[str, Tensor]:
+        """One step on the (x, x_hat) parts of a batch.  Returns: its loss and both mean logits."""
+        self.net.requires_grad_(True)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = []
+        for n, (x, x_hat) in enumerate(pairs):
+            with runtime.sync_gradients(self.both, n + 1 == len(pairs)):
+                with self.rt.autocast(self.args.precision):
+                    real, fake = self.both(x, x_hat)
+                loss = losses.hinge_discriminator(real, fake)
+                (loss / len(pairs)).backward()
+            rows.append(torch.stack([loss, real.mean(), fake.mean()]).detach())
+        self.optimizer.step()
+        return dict(zip(("disc", "logits_real", "logits_fake"), torch.stack(rows).mean(0)))
+
+
+def step_gradients(step_module: nn.Module, objective: Objective, adversary: Adversary | None,
+                   parts: list[tuple[Tensor, ...]], step: int, factor: float,
+                   args: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
+    """Gradients of one batch, added up over its parts.  Returns: terms averaged, moments, (x, x_hat) per
+    part.
+    """
+    rows, moments, pairs = [], [], []
+    weights = objective.weights | {"var": args.lambda1 * min(1.0, (step + 1) / max(1, args.ve_warmup))}
+    for n, (x, eps, scale) in enumerate(parts):
+        with runtime.sync_gradients(step_module, n + 1 == len(parts)):
+            terms, m, x_hat = step_module(x, eps, scale)
+            total = losses.weighted_sum(terms, weights)
+            if adversary is not None and step >= args.disc_start:
+                # The reference is the reconstruction alone: neither KL nor VE enters the adaptive weight.
+                nll = {k: terms[k] for k in ("rec", "lpips") if k in terms}
+                reference = losses.weighted_sum(nll, weights)
+                fooling = adversary.fool(x_hat)
+                weight = adversary.weight(reference, fooling, objective.autoencoder.last_layer)
+                total = total + weight * fooling
+                terms |= {"adv": fooling, "adv_weight": weight}
+            (total * (factor / len(parts))).backward()
+        rows.append({k: v.detach() for k, v in terms.items()})
+        moments.append(m)
+        pairs.append((x, x_hat.detach()))
+    return {k: torch.stack([row[k] for row in rows]).mean() for k in rows[0]}, torch.cat(moments), pairs
 
 
 def noise(rt: Runtime, args: argparse.Namespace, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
@@ -242,12 +345,40 @@ def check(args: argparse.Namespace, autoencoder: models.Autoencoder, rt: Runtime
     for name in ("batch", "steps", "log_every", "save_every", "image_every", "eval_images", "stats_images"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    local = args.batch // rt.world
+    if args.accumulate < 1 or local % args.accumulate:
+        raise InputError(f"--accumulate {args.accumulate} does not divide the {local} images of a process")
+    if args.disc_weight and args.size < 32:
+        raise InputError(f"--size {args.size} is too small for the discriminator: 32, or --disc-weight 0")
+    if args.init_sigma is not None and (args.init is None or args.init_sigma <= 0):
+        raise InputError("--init-sigma takes a positive sigma, and needs --init")
     if args.delta <= 0:
         raise InputError(f"--delta must be positive, got {args.delta}")
 
 
+def initialise(autoencoder: models.Autoencoder, adversary: Adversary | None,
+               args: argparse.Namespace) -> None:
+    """--init: weights from a checkpoint, and its discriminator's where it holds one; --init-sigma on top.
+
+    A beta-VAE's sigma^2 of 1e-8 would answer Eq. 9 with a gradient of 1e7 per element: set sigma, or ramp
+    lambda1.
+    """
+    with runtime.input_errors():
+        source, state = models.load_autoencoder(args.init, autoencoder.config)
+        autoencoder.load_state_dict(source.state_dict())
+        prefix, published = "loss.discriminator.", state.get("state_dict", state)
+        found = state.get("discriminator") or {k.removeprefix(prefix): v for k, v in published.items()
+                                               if k.startswith(prefix)}
+        if adversary is not None and found:
+            models.load_strict(adversary.net, found, args.init)
+    if args.init_sigma is not None:
+        with torch.no_grad():
+            autoencoder.quant_conv.weight[autoencoder.channels:] = 0
+            autoencoder.quant_conv.bias[autoencoder.channels:] = 2 * math.log(args.init_sigma)
+
+
 def resume(path: Path, autoencoder: models.Autoencoder, optimizer: torch.optim.Optimizer,
-           args: argparse.Namespace) -> int:
+           adversary: Adversary | None, args: argparse.Namespace) -> int:
     """Load the run in `path` if there is one.  Returns the number of steps already done."""
     if not path.exists():
         return 0
@@ -256,12 +387,28 @@ def resume(path: Path, autoencoder: models.Autoencoder, optimizer: torch.optim.O
     runtime.check_config(state["config"], runtime.plain(args), FREE, path)
     autoencoder.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if adversary is not None:
+        adversary.net.load_state_dict(state["discriminator"])
+        adversary.optimizer.load_state_dict(state["disc_optimizer"])
     return state["step"]
+
+
+def export(args: argparse.Namespace) -> None:
+    """--export: the run in --out with VA-VAE's names, and LightningDiT's latents_stats.pt beside it."""
+    with runtime.input_errors():
+        state = models.read_kind(args.out / "checkpoint.pt", "tokenizer")
+    discriminator = {f"loss.discriminator.{k}": v for k, v in state.get("discriminator", {}).items()}
+    runtime.save_atomic({"state_dict": dict(state["model"]) | discriminator}, args.export)
+    statistics = args.export.with_name("latents_stats.pt")
+    runtime.save_atomic({k: state[f"latent_{k}"].view(1, -1, 1, 1) for k in ("mean", "std")}, statistics)
+    print(f"wrote {args.export} and {statistics}")
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.export:
+        return export(args)
     rt = runtime.start(args.device)
     train_set = data.open_dataset(args.data, args.size, "train", args.seed)
     held_out_set = data.open_dataset(args.data, args.size, "val", args.seed)
@@ -274,7 +421,10 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.5, 0.9),
                                   weight_decay=args.weight_decay, fused=True)
     checkpoint = args.out / "checkpoint.pt"
-    done = resume(checkpoint, autoencoder, optimizer, args)
+    adversary = Adversary(args, rt) if args.disc_weight else None
+    if args.init and not checkpoint.exists():
+        initialise(autoencoder, adversary, args)
+    done = resume(checkpoint, autoencoder, optimizer, adversary, args)
     if done >= args.steps:
         rt.print(f"{checkpoint} already has {done} steps; raise --steps to go on")
         return
@@ -300,22 +450,23 @@ def main(argv: list[str] | None = None) -> None:
         batch = next(loader)
         skipped += runtime.report_skipped(batch["skipped"])
         x = batch["x"].contiguous(memory_format=torch.channels_last)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-        terms, moments = step_module(x, *noise(rt, args, shape, step))
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
         optimizer.zero_grad(set_to_none=True)
-        (losses.weighted_sum(terms, objective.weights) * scale).backward()
+        parts = list(zip(*(a.chunk(args.accumulate) for a in (x, *noise(rt, args, shape, step)))))
+        terms, moments, pairs = step_gradients(step_module, objective, adversary, parts, step, scale, args)
         # --clip is stated per pixel value, so it means the same under both reductions.
         norm = nn.utils.clip_grad_norm_(parameters, args.clip * values * scale) / (values * scale)
-        finite.add(step, terms | {"gradient norm": norm})
         optimizer.step()
+        if adversary is not None and step >= args.disc_start - args.disc_warmup:
+            terms |= adversary.learn(pairs, lr)
+        finite.add(step, terms | {"gradient norm": norm})
 
         last = step + 1 == args.steps
         if (step + 1) % args.log_every == 0 or last:
             finite.flush()
             terms = runtime.mean_over_ranks(terms)
-            log.write(step=step + 1, **terms, grad_norm=norm, skipped=skipped,
-                      lr=optimizer.param_groups[0]["lr"], **latent_summary(moments, args.loss))
+            log.write(step=step + 1, **terms, grad_norm=norm, skipped=skipped, lr=lr,
+                      **latent_summary(moments, args.loss))
             bar.set_postfix(rec=f"{terms['rec'].item() / values:.4f}")
         if ((step + 1) % args.image_every == 0 or last) and rt.is_main:
             scores = evaluate(objective, held_out, args, rt)
@@ -330,7 +481,8 @@ def main(argv: list[str] | None = None) -> None:
                 runtime.save_atomic({
                     "kind": "tokenizer", "config": runtime.plain(args), "model_config": autoencoder.config,
                     "step": step + 1, "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
-                    "latent_mean": latent_mean, "latent_std": latent_std}, checkpoint)
+                    "latent_mean": latent_mean, "latent_std": latent_std,
+                    **(adversary.state() if adversary else {})}, checkpoint)
             runtime.barrier()
     rt.print(f"wrote {checkpoint}; held out: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
              if rt.is_main else "")
