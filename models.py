@@ -1,11 +1,13 @@
 """Every network of the project, the tables of their sizes, and the loading of their checkpoints.
 
-    Autoencoder   the convolutional tokenizer of latent diffusion (LDM KL-f16, VA-VAE f16d32)
-    PatchGAN      the discriminator that trains with it
-    DiT           the diffusion transformer that learns its latents (LightningDiT, SiT)
+    Autoencoder     the convolutional tokenizer of latent diffusion (LDM KL-f16, VA-VAE f16d32)
+    VitAutoencoder  a tokenizer of transformers with the same interface (GAE)
+    PatchGAN        the discriminator that trains with either
+    DiT             the diffusion transformer that learns their latents (LightningDiT, SiT)
 
-Module names are those of the published checkpoints, so that a downloaded file loads as it is and a file of
-ours loads elsewhere.  Images x are [B, 3, H, W] in [-1, 1]; latents z are [B, C, H/stride, W/stride].
+Module names are those of the published checkpoints (the ViT's are ours), so that a downloaded file loads as
+it is and a file of ours loads elsewhere.  Images x are [B, 3, H, W] in [-1, 1]; latents z are
+[B, C, H/stride, W/stride].
 
     tokenizer = build_autoencoder(AUTOENCODERS["demo"])
     moments = tokenizer.encode(x)                     # mean and log-variance of Eq. (5), stacked on channels
@@ -28,15 +30,21 @@ from torch import Tensor
 # Sizes.  A config is a plain dict, stored in the checkpoint: it alone rebuilds the network.  f16d32 is the
 # tokenizer of the paper (69,836,067 parameters, 32 x 16 x 16 latents of a 256 x 256 image), and of VA-VAE;
 # attn_resolutions count at an image of `resolution`: they choose levels, whatever the size of the image.
-# `demo` is for a CPU: 32 x 32 images, 8 x 8 x 8 latents.
+# The ViT sizes are those of GAE's Table 8; they take images of image_size pixels and no others.
+# `demo` and `vit-demo` are for a CPU: 32 x 32 images, 8 x 8 x 8 latents, the same time per training step.
 
 LDM_F16 = dict(ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,), resolution=256)
+VIT_F16D32 = dict(arch="vit", image_size=256, patch=16, z_channels=32, latent_norm=False)
 
 AUTOENCODERS: dict[str, dict] = {
     "demo": dict(ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, attn_resolutions=(), resolution=32,
                  z_channels=8),
     "f16d16": LDM_F16 | dict(z_channels=16),
     "f16d32": LDM_F16 | dict(z_channels=32),
+    "vit-demo": VIT_F16D32 | dict(depth=3, width=64, heads=2, image_size=32, patch=4, z_channels=8),
+    "vit-s": VIT_F16D32 | dict(depth=12, width=384, heads=6),
+    "vit-b": VIT_F16D32 | dict(depth=12, width=768, heads=12),
+    "vit-l": VIT_F16D32 | dict(depth=24, width=1024, heads=16),
 }
 
 # The transformers see one token per latent position (patch 1) on 16 x 16 x 32 latents unless told otherwise;
@@ -210,7 +218,21 @@ class Decoder(nn.Module):
 # The tokenizer.  The encoder gives the moments of q(z | x), the caller draws z (losses.reparameterize, Eq. 5)
 # and the decoder answers with x_hat: nothing random happens in this file.
 
-class Autoencoder(nn.Module):
+class Tokenizer(nn.Module):
+    """What every autoencoder here offers: config, stride, channels, encode, decode, and the parameters
+    last_layer and encoder_last_layer.  Autoencoder says what each of them is."""
+
+    @property
+    def channels(self) -> int:
+        """C, the channels of the latent."""
+        return self.config["z_channels"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """decode(mean of encode(x)): the reconstruction without noise."""
+        return self.decode(self.encode(x)[:, :self.channels])
+
+
+class Autoencoder(Tokenizer):
     """The convolutional autoencoder of LDM and VA-VAE, rebuilt from its config (see AUTOENCODERS).
 
     ch, ch_mult       width of level i is ch * ch_mult[i]; the stride is 2 ** (levels - 1)
@@ -234,11 +256,6 @@ class Autoencoder(nn.Module):
     def stride(self) -> int:
         """Pixels per latent position, along each side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
-
-    @property
-    def channels(self) -> int:
-        """C, the channels of the latent."""
-        return self.config["z_channels"]
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -269,10 +286,6 @@ class Autoencoder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """x_hat [B, 3, h*stride, w*stride], float32, not clamped, from z [B, C, h, w]."""
         return self.decoder(self.post_quant_conv(z)).float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """decode(mean of encode(x)): the reconstruction without noise."""
-        return self.decode(self.encode(x)[:, :self.channels])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -306,7 +319,7 @@ class PatchGAN(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Positions and times of the transformer.  Both families add a frozen sin-cos table to the tokens;
+# Positions and times of the diffusion transformer.  Both families add a frozen sin-cos table to the tokens;
 # LightningDiT also rotates queries and keys, so that attention sees relative positions.
 
 def sincos_table(width: int, size: int) -> Tensor:
@@ -366,16 +379,17 @@ class TimestepEmbedder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# One transformer block for both families.
+# One transformer block for both families, and the parts that the ViT autoencoder shares with it.
 #     lightningdit   RMSNorm with gain, SwiGLU, rotary positions
 #     sit            LayerNorm without affine, GELU-tanh, no rotation
+#     vit            RMSNorm without gain, SwiGLU, no rotation, no biases
 # The condition c = time + label reaches it through adaLN-Zero: scale, shift and a gate that starts at zero.
 
 def token_norm(family: str, width: int) -> nn.Module:
     """The norm in front of attention, MLP and head."""
-    if family == "lightningdit":
-        return nn.RMSNorm(width, eps=1e-6)
-    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+    if family == "sit":
+        return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+    return nn.RMSNorm(width, eps=1e-6, elementwise_affine=family == "lightningdit")
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
@@ -393,14 +407,14 @@ class Attention(nn.Module):
 
     def __init__(self, family: str, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
-        norm = (lambda d: nn.RMSNorm(d, eps=1e-6)) if family == "lightningdit" else nn.LayerNorm
+        norm = nn.LayerNorm if family == "sit" else (lambda d: token_norm(family, d))
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=family != "vit")
         self.q_norm = norm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = norm(width // heads) if qk_norm else nn.Identity()
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width, bias=family != "vit")
 
-    def forward(self, h: Tensor, rope: nn.Module) -> Tensor:
+    def forward(self, h: Tensor, rope: nn.Module = nn.Identity()) -> Tensor:
         B, N, D = h.shape
         q, k, v = self.qkv(h).reshape(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         # Norm and rotation run in float32; without the way back a bfloat16 model would attend in float32.
@@ -410,13 +424,12 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """w3(silu(a) * b) with (a, b) = w12(h).  The hidden width 8/3 D has the cost of an MLP of ratio 4."""
+    """w3(silu(a) * b) with (a, b) = w12(h).  A hidden width of 8/3 D has the cost of an MLP of ratio 4."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
-        hidden = 2 * 4 * width // 3
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = nn.Linear(width, 2 * hidden, bias)
+        self.w3 = nn.Linear(hidden, width, bias)
 
     def forward(self, h: Tensor) -> Tensor:
         a, b = self.w12(h).chunk(2, dim=-1)
@@ -443,7 +456,7 @@ class Block(nn.Module):
         self.norm1 = token_norm(family, width)
         self.attn = Attention(family, width, heads, qk_norm)
         self.norm2 = token_norm(family, width)
-        self.mlp = SwiGLU(width) if family == "lightningdit" else Mlp(width)
+        self.mlp = SwiGLU(width, 8 * width // 3) if family == "lightningdit" else Mlp(width)
         self.adaLN_modulation = modulation(width, 6)
 
     def forward(self, h: Tensor, c: Tensor, rope: nn.Module) -> Tensor:
@@ -451,6 +464,12 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         h = h + gate_a * self.attn(modulate(self.norm1(h), shift_a, scale_a), rope)
         return h + gate_m * self.mlp(modulate(self.norm2(h), shift_m, scale_m))
+
+
+def unpatchify(tokens: Tensor, rows: int, columns: int, p: int) -> Tensor:
+    """Tokens [B, rows*columns, p*p*C], row, column, channel in each -> pixels [B, C, rows*p, columns*p]."""
+    pixels = tokens.unflatten(1, (rows, columns)).unflatten(3, (p, p, -1))
+    return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class FinalLayer(nn.Module):
@@ -465,6 +484,97 @@ class FinalLayer(nn.Module):
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(h), shift, scale))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tokenizer of GAE (2603.10365, Table 8): a transformer over patches encodes, another decodes, a linear
+# adapter makes the latent.  GAE's gives C numbers per patch; ours 2C, mean and log-variance, so that every
+# loss of the paper trains it.
+
+class VitBlock(nn.Module):
+    """h += f(norm(h)), f = attention, then f = SwiGLU.  [B, N, D]"""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        unit = min(256, width)                  # GAE: 8/3 D rounded up to a multiple of 256; below 256, 3 D
+        self.norm1 = token_norm("vit", width)
+        self.attn = Attention("vit", width, heads, qk_norm=True)
+        self.norm2 = token_norm("vit", width)
+        self.mlp = SwiGLU(width, math.ceil(8 * width / (3 * unit)) * unit, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h + self.attn(self.norm1(h))
+        return h + self.mlp(self.norm2(h))
+
+
+class VitTrunk(nn.Module):
+    """linear(norm(blocks(embed(h) + position))): [B, C, side, side] -> [B, N, out], one token per patch."""
+
+    def __init__(self, channels: int, side: int, patch: int, depth: int, width: int, heads: int,
+                 out: int) -> None:
+        super().__init__()
+        self.side = side
+        self.embed = nn.Conv2d(channels, width, patch, stride=patch, bias=False)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2, width))
+        self.blocks = nn.Sequential(*(VitBlock(width, heads) for _ in range(depth)))
+        self.norm = token_norm("vit", width)
+        self.linear = nn.Linear(width, out, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        B, C, H, W = h.shape
+        if (H, W) != (self.side, self.side):
+            raise ValueError(f"an input of {H} x {W} does not fit this ViT tokenizer: its positions are "
+                             f"learned for {self.side} x {self.side} only")
+        h = self.embed(h).flatten(2).transpose(1, 2) + self.pos_embed
+        return self.linear(self.norm(self.blocks(h)))
+
+
+class VitAutoencoder(Tokenizer):
+    """The ViT autoencoder of GAE, rebuilt from its config (see AUTOENCODERS).
+
+    image_size           side of the images in pixels: encode and decode raise ValueError at any other size
+    patch                pixels per token along each side, the stride
+    depth, width, heads  of the encoder, and of the decoder
+    z_channels           C, the channels of the latent
+    latent_norm          divide the mean of each token by its RMS over the C channels, as GAE does
+
+    Initialisation of GAE: patches Kaiming by fan-out, positions N(0, 0.02^2), the rest as PyTorch does.
+    """
+
+    def __init__(self, image_size: int, patch: int, depth: int, width: int, heads: int, z_channels: int,
+                 latent_norm: bool) -> None:
+        super().__init__()
+        if image_size % patch or width % heads:
+            raise ValueError(f"image_size {image_size} must be a multiple of patch ({patch}), "
+                             f"and width {width} of heads ({heads})")
+        self.config = dict(arch="vit", image_size=image_size, patch=patch, depth=depth, width=width,
+                           heads=heads, z_channels=z_channels, latent_norm=latent_norm)
+        self.stride, self.grid = patch, image_size // patch
+        self.encoder = VitTrunk(3, image_size, patch, depth, width, heads, out=width)
+        self.adapter = nn.Linear(width, 2 * z_channels, bias=False)
+        self.decoder = VitTrunk(z_channels, self.grid, 1, depth, width, heads, out=patch * patch * 3)
+        nn.init.kaiming_normal_(self.encoder.embed.weight, mode="fan_out")
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.linear.weight
+
+    @property
+    def encoder_last_layer(self) -> nn.Parameter:
+        return self.adapter.weight
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [B, 3, image_size, image_size] in [-1, 1] -> [B, 2C, h, w], float32 as in Autoencoder.encode."""
+        h = self.encoder(x)
+        with torch.autocast(h.device.type, enabled=False):
+            mean, logvar = self.adapter(h.float()).chunk(2, dim=-1)
+            if self.config["latent_norm"]:
+                mean = F.rms_norm(mean, (self.channels,), eps=1e-6)
+        return torch.cat([mean, logvar], dim=-1).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """x_hat [B, 3, image_size, image_size], float32, not clamped, from z [B, C, h, w]."""
+        return unpatchify(self.decoder(z), self.grid, self.grid, self.stride).float()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -530,9 +640,7 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)                                             # [B, D]
         for block in self.blocks:
             h = block(h, c, self.feat_rope)
-        out = self.final_layer(h, c).reshape(B, H // p, W // p, p, p, self.out_channels)
-        out = out.permute(0, 5, 1, 3, 2, 4).reshape(B, self.out_channels, H, W)
-        return out[:, :C].float()
+        return unpatchify(self.final_layer(h, c), H // p, W // p, p)[:, :C].float()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -554,9 +662,16 @@ def denormalize(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 # Build and load.  A checkpoint of ours names its config and rebuilds itself; the config of a published file
 # is read off its tensors.  Either way every tensor must be there, and fit: nothing is skipped in silence.
 
-def build_autoencoder(config: dict) -> Autoencoder:
-    """The tokenizer of a config, e.g. AUTOENCODERS["f16d32"] or a checkpoint's "model_config"."""
-    return Autoencoder(**config)
+def build_autoencoder(config: dict) -> Tokenizer:
+    """The tokenizer of a config, e.g. AUTOENCODERS["f16d32"] or a checkpoint's "model_config".
+
+    arch is "vit", or "conv", which a config need not say: those of older checkpoints do not.
+    """
+    sizes = dict(config)
+    arch = sizes.pop("arch", "conv")
+    if arch not in ("conv", "vit"):
+        raise ValueError(f'arch is "conv" or "vit", not "{arch}"')
+    return VitAutoencoder(**sizes) if arch == "vit" else Autoencoder(**sizes)
 
 
 def build_dit(config: dict) -> DiT:
@@ -619,7 +734,7 @@ def published_autoencoder_config(state: dict[str, Tensor]) -> dict:
     return AUTOENCODERS["f16d32"] if weight is None else LDM_F16 | dict(z_channels=len(weight))
 
 
-def load_autoencoder(path: str | Path, config: dict | None = None) -> tuple[Autoencoder, dict]:
+def load_autoencoder(path: str | Path, config: dict | None = None) -> tuple[Tokenizer, dict]:
     """The tokenizer of a file, in eval mode on the CPU, and the dict in that file.
 
     path    a checkpoint of train_tokenizer.py, or a published LDM or VA-VAE file: tensors, bare or under

@@ -109,7 +109,7 @@ def noise_of(indices: list[int], shape: list[int], seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(dit: models.DiT, autoencoder: models.Autoencoder, checkpoint: dict, labels: Tensor,
+def sample(dit: models.DiT, autoencoder: models.Tokenizer, checkpoint: dict, labels: Tensor,
            args: argparse.Namespace, rt: Runtime) -> np.ndarray:
     """This rank's images, uint8 [n, H, W, 3], for indices rank, rank + world, ..."""
     mine = list(range(rt.rank, args.count, rt.world))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import data
@@ -40,7 +41,8 @@ def run(*argv: object) -> list[dict]:
 
 
 def samples(path: str, n: int, size: int = 32, seed: int = 0, labels: object = None) -> str:
-    pixels = torch.randint(0, 256, (n, size, size, 3), generator=generator(seed, "samples"), dtype=torch.uint8)
+    draw = generator(seed, "samples")
+    pixels = torch.randint(0, 256, (n, size, size, 3), generator=draw, dtype=torch.uint8)
     more = {} if labels is None else {"arr_1": labels}
     np.savez(path, arr_0=pixels.numpy(), **more)
     return path
@@ -74,7 +76,7 @@ def test_smoke_runs_everything(capsys):
     assert Path("runs/smoke/evaluation/noise_curve.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "FD-RandConv held-out" in printed and "FID" not in printed.replace("FID Inception", "")
-    for key in ("features", "images", "data_sha256", "tokenizer_sha256", "quantisation", "ssim", "lpips", "size"):
+    for key in ("features", "images", "size", "data_sha256", "tokenizer_sha256", "ssim", "quantisation"):
         assert rows[0]["protocol"][key], key
     for key in ("images", "reference", "reference_sha256", "reference_images", "labels", "samples_sha256"):
         assert rows[1]["protocol"][key], key
@@ -84,10 +86,10 @@ def test_default_scores_what_is_there(capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.main([])
     assert end.value.code == 2 and "nothing to score" in capsys.readouterr().err
-    Path("runs/samples").mkdir(parents=True)
-    samples("runs/samples/samples.npz", 12, 16)
-    Path("runs/samples/samples.json").write_text(json.dumps({"data": "shapes", "size": 16}))
-    row, = run(*QUICK, "--limit", 8)
+    Path("mine").mkdir()
+    samples("mine/samples.npz", 12, 16)
+    Path("mine/samples.json").write_text(json.dumps({"data": "shapes", "size": 16}))
+    row, = run(*QUICK, "--limit", 8, "--samples", "mine/samples.npz")
     assert "there is no runs/tokenizer/checkpoint.pt" in capsys.readouterr().out
     assert row["protocol"]["reference_images"] == row["protocol"]["held_out_images"] == 8
     distance, floor, ratio = (row["metrics"][f"FD-RandConv{x}"] for x in ("", " held-out", " / held-out"))
@@ -121,6 +123,21 @@ def test_reference_file_stands_for_its_images(capsys):
     assert "latent_std" in capsys.readouterr().out
 
 
+def test_folders_are_scored_as_files_are():
+    """A folder of loose samples, a data set with class folders as reference and held-out images."""
+    with np.load(samples("a.npz", 12)) as archive:
+        pixels = archive["arr_0"]
+    for i, image in enumerate(pixels):
+        for folder in ("loose", f"set/train/{i % 2}", f"set/val/{i % 2}"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(f"{folder}/{i:02}.png")
+    folder, = run("generation", "--samples", "loose", "--reference", "set", "--validation", "set", *QUICK)
+    array, = run("generation", "--samples", "a.npz", "--reference", "a.npz", *QUICK)
+    same = {k: v for k, v in folder["metrics"].items() if "held-out" not in k}
+    assert same == pytest.approx(array["metrics"], abs=1e-6)
+    assert folder["metrics"]["FD-RandConv held-out"] == pytest.approx(0, abs=1e-6)
+
+
 def test_label_mode_changes_the_protocol_only():
     samples("balanced.npz", 12, labels=np.arange(12) % 3)
     samples("random.npz", 12, labels=np.arange(12) // 7)
@@ -136,7 +153,7 @@ def test_file_order_changes_nothing():
     with np.load("b.npz") as archive:
         np.savez("c.npz", arr_0=archive["arr_0"][::-1])
     flags = ("--reference", "a.npz", *QUICK, "--batch", 4)
-    first, second = (run("generation", "--samples", name, *flags)[0]["metrics"] for name in ("b.npz", "c.npz"))
+    first, second = (run("generation", "--samples", p, *flags)[0]["metrics"] for p in ("b.npz", "c.npz"))
     drawn = ("KD-RandConv", "KD-RandConv std")   # its subsets are by position
     assert {k: v for k, v in first.items() if k not in drawn} == pytest.approx(
         {k: v for k, v in second.items() if k not in drawn}, rel=1e-4)
@@ -159,7 +176,8 @@ class Identity(torch.nn.Module):
 def identity(monkeypatch, images: Tensor, config: dict | None = None) -> None:
     class Grey(data.Shapes):
         def render_batch(self, indices):
-            return images[np.asarray(indices)], None, None
+            chosen = images[np.asarray(indices)]
+            return chosen, torch.zeros(len(chosen), dtype=torch.long), chosen[:, 0]
 
         def __len__(self):
             return len(images)
@@ -179,7 +197,8 @@ def noise_psnr(error: Tensor) -> float:
 def test_noise_curve_in_closed_form(monkeypatch):
     """On mid-grey images z = 0: the decoded image is the noise, and the MSE its variance."""
     identity(monkeypatch, torch.full((6, 3, 32, 32), 128, dtype=torch.uint8))
-    row, = run("reconstruction", "--tokenizer", "checkpoint.pt", *QUICK, "--relative", 0.1, "--absolute", 0.1, 0.2)
+    row, = run("reconstruction", "--tokenizer", "checkpoint.pt", *QUICK, "--relative", 0.1,
+               "--absolute", 0.1, 0.2)
     curve = row["curve"]
     assert [(p["noise"], p["level"]) for p in curve] == [
         ("none", 0), ("relative", 0.1), ("absolute", 0.1), ("absolute", 0.2)]
@@ -193,14 +212,13 @@ def test_noise_curve_in_closed_form(monkeypatch):
 
 def test_posterior_sample_or_mean(monkeypatch):
     identity(monkeypatch, torch.full((6, 3, 32, 32), 128, dtype=torch.uint8))
-    mean, sample = (run("reconstruction", "--tokenizer", "checkpoint.pt", "--latent", latent, *QUICK, "--relative",
-                        "--absolute", "--batch", 4)[0] for latent in ("mean", "sample"))
-    assert sample["metrics"]["PSNR"] == pytest.approx(noise_psnr(torch.tensor([0.05])), abs=0.1)   # sigma above
+    flags = ("--tokenizer", "checkpoint.pt", *QUICK, "--relative", "--absolute", "--batch", 4)
+    mean, sample = (run("reconstruction", "--latent", latent, *flags)[0] for latent in ("mean", "sample"))
+    assert sample["metrics"]["PSNR"] == pytest.approx(noise_psnr(torch.tensor([0.05])), abs=0.1)   # its sigma
     assert mean["metrics"]["PSNR"] > 45 and len(mean["curve"]) == 1
     identity(monkeypatch, torch.full((6, 3, 32, 32), 128, dtype=torch.uint8),
              {"loss": "sigma", "sigma": 0.3, "sigma_mode": "fixed"})
-    sigma, = run("reconstruction", "--tokenizer", "checkpoint.pt", "--latent", "sample", *QUICK, "--relative",
-                 "--absolute")
+    sigma, = run("reconstruction", "--latent", "sample", *flags)
     assert sigma["metrics"]["PSNR"] == pytest.approx(noise_psnr(torch.tensor([0.3])), abs=0.1)
 
 
@@ -267,12 +285,12 @@ def test_two_processes_give_the_numbers_of_one():
 @pytest.mark.parametrize("argv, reason", [
     (["generation", "--samples", "none.npz", "--reference", "a.npz"], "none.npz: no such file"),
     (["generation", "--samples", "a.npz"], "give --reference"),
-    (["generation", "--samples", "a.npz", "--reference", "small.npz"], "16-pixel images, the samples have 32"),
+    (["generation", "--samples", "a.npz", "--reference", "small.npz"], "16-pixel images, the samples"),
     (["generation", "--samples", "a.npz", "--reference", "cut.npz"], "cut.npz is truncated"),
     (["generation", "--samples", "a.npz", "--reference", "nan.npz"], "NaN"),
     (["generation", "--samples", "a.npz", "--reference", "wide.npz"], "of 65 features, RandConv has 64"),
-    (["generation", "--samples", "a.npz", "--reference", "a.npz", "--features", "inception"], "sha256 6726825d"),
-    (["generation", "--samples", "a.npz", "--reference", "a.npz", "--append", "cut.json"], "cut.json is no JSON"),
+    (["generation", "--samples", "a.npz", "--reference", "a.npz", "--features", "inception"], "sha256 67268"),
+    (["generation", "--samples", "a.npz", "--reference", "a.npz", "--append", "cut.json"], "is no JSON list"),
     (["reconstruction", "--tokenizer", "none.pt"], "none.pt"),
     (["reconstruction", "--tokenizer", "a.npz"], "a.npz"),
     (["reconstruction", "--size", "18"], "multiple of 4"),

@@ -49,11 +49,20 @@ def colours() -> Features:
 def inception() -> features.FidInception:
     torch.manual_seed(0)
     network = features.FidInception().eval().requires_grad_(False)
-    for module in network.modules():   # statistics other than 0 and 1, so that a batch norm left out is seen
+    for module in network.modules():   # with torch's initial weights the image hardly reaches the last layer
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     return network
+
+
+def test_inception_sees_its_input(inception):
+    """The weights above make the tests below sharp: one grey level more changes the features."""
+    images = pictures(1, 64) // 2
+    pool, other = (inception(images + k)[0] for k in (0, 1))
+    assert (pool - other).norm() > 1e-3 * pool.norm()
 
 
 @pytest.mark.parametrize("size", [32, 299, 400])
@@ -241,10 +250,11 @@ def test_a_file_broken_past_its_header_is_not_skipped(tmp_path):
 
 
 def test_references_are_cropped_as_adm_does(tmp_path):
-    """60 x 40 to 16: halved by boxes, across, then down, rounded each time; bicubic to 24 x 16; the centre."""
+    """60 x 40 to 16: halved by boxes, across, then down, rounded each time; bicubic to 24 x 16; centre."""
     (tmp_path / "photos").mkdir()
     photo = Image.fromarray(pictures(1, 60)[0, :, :40].permute(1, 2, 0).numpy())   # 60 wide, 40 high
     photo.save(tmp_path / "photos" / "a.png")
+    photo.save(tmp_path / "photos" / "b.png")
     found = read_all(features.open_images(str(tmp_path / "photos"), size=16))[0].permute(1, 2, 0).numpy()
     across = np.floor(np.asarray(photo, dtype=np.float64).reshape(40, 30, 2, 3).mean(2) + 0.5)
     halved = Image.fromarray(np.floor(across.reshape(20, 2, 30, 3).mean(1) + 0.5).astype(np.uint8))
@@ -278,7 +288,8 @@ def test_references_keep_a_choice_of_rows(tmp_path, monkeypatch):
 
 def reference(source: str, net: Features, cache: Path, size: int = 8,
               limit: int | None = None) -> features.FeatureSet:
-    return features.reference_features(source, size, "train", 0, net, cache, ALONE, 4, 0, limit)
+    images = features.open_reference(source, size, None, "train")
+    return features.reference_features(source, images, net, cache, ALONE, 4, 0, limit)
 
 
 def test_reference_cache(tmp_path):
@@ -302,6 +313,12 @@ def test_reference_cache(tmp_path):
     for limit in (4, 5, 5):
         reference("shapes", net, tmp_path / "cache", 32, limit)
     assert sum(calls) == 36
+
+
+def test_fingerprints_are_of_the_content(tmp_path):
+    folders = [write_folder(tmp_path / name, pictures(3, 8, seed)) for name, seed in zip("abc", (0, 0, 1))]
+    one, same, other = (features.fingerprint(features.open_images(folder)) for folder in folders)
+    assert one == same != other
 
 
 def test_adm_reference(tmp_path):
@@ -336,6 +353,8 @@ def test_bad_references(tmp_path):
         reference(write_npz(tmp_path / "one.npz", pictures(1, 8)), net, tmp_path)
     with pytest.raises(InputError, match="neither"):
         reference(str(tmp_path / "nowhere"), net, tmp_path)
+    with pytest.raises(InputError, match="16-pixel images, the samples have 8"):
+        reference(write_folder(tmp_path / "large", pictures(6, 16)), net, tmp_path)
 
 
 def test_moments_of_both_layers_stay_apart(tmp_path):

@@ -26,6 +26,8 @@ LIGHTNINGDIT_TINY = dict(family="lightningdit", depth=2, width=64, heads=2, inpu
                          in_channels=16, num_classes=10, qk_norm=False, learn_sigma=False)
 SIT_TINY = LIGHTNINGDIT_TINY | dict(family="sit", patch=2, in_channels=4, learn_sigma=True)
 SMALL = dict(ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), resolution=8, z_channels=4)
+SMALL_VIT = dict(arch="vit", image_size=8, patch=2, depth=2, width=24, heads=2, z_channels=4,
+                 latent_norm=False)
 
 
 def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -179,6 +181,24 @@ def test_parameters_of_the_transformers(size: str, lightningdit: float, sit: flo
     assert parameters(qk_norm) - parameters(dits[0]) == depth * 2 * head
 
 
+@pytest.mark.parametrize("size, encoder, decoder", [
+    ("vit-s", 21_774_336, 21_639_168), ("vit-b", 86_310_912, 85_745_664),
+    ("vit-l", 310_378_496, 309_362_688)])
+def test_parameters_of_the_vit(size: str, encoder: int, decoder: int):
+    """GAE's Table 13 states L: 310.38, 309.36 and 0.03 million, its adapter without our log-variance.
+
+    S and B follow in the same way, with N = 16^2 tokens, width D, hidden width h and depth n:
+        encoder  16^2 3 D + N D + n (4 D^2 + 3 D h) + D^2        decoder  32 D + N D + n (...) + 16^2 3 D
+    where h = 1024, 2048, 2816 is 8/3 D rounded up to a multiple of 256.
+    """
+    with torch.device("meta"):
+        vit = models.build_autoencoder(models.AUTOENCODERS[size])
+    assert (parameters(vit.encoder), parameters(vit.decoder)) == (encoder, decoder)
+    assert parameters(vit.adapter) == 2 * 32 * vit.config["width"]
+    assert parameters(vit) == encoder + decoder + parameters(vit.adapter)
+    assert not any("bias" in name or "norm" in name for name, _ in vit.named_parameters())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The autoencoder and its discriminator.
 
@@ -206,10 +226,11 @@ def test_image_that_is_no_multiple_of_the_stride_is_refused():
         autoencoder.encode(torch.zeros(1, 3, 7, 8))
 
 
+@pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_VIT | dict(latent_norm=True)])
 @torch.no_grad()
-def test_moments_stay_float32_under_autocast():
+def test_moments_stay_float32_under_autocast(config: dict):
     """Rounding to bfloat16 at the last convolution would leave only numbers that bfloat16 has."""
-    autoencoder = filled(models.build_autoencoder(SMALL))
+    autoencoder = filled(models.build_autoencoder(config))
     x = arr("image", 2, 3, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         moments = autoencoder.encode(x)
@@ -245,6 +266,139 @@ def test_discriminator():
     assert discriminator.main[5].weight.std().item() == pytest.approx(0.02, rel=0.01)
     assert discriminator.main[9].weight.mean().item() == pytest.approx(1.0, abs=0.01)
     assert discriminator.main[9].weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The ViT autoencoder.
+
+
+def test_vit_shapes():
+    for size, stride, channels in [("vit-demo", 4, 8), ("vit-s", 16, 32), ("vit-l", 16, 32)]:
+        with torch.device("meta"):
+            vit = models.build_autoencoder(models.AUTOENCODERS[size])
+        assert (vit.stride, vit.channels) == (stride, channels)
+
+    vit = models.build_autoencoder(models.AUTOENCODERS["vit-demo"])
+    moments = vit.encode(torch.zeros(2, 3, 32, 32))
+    assert moments.shape == (2, 16, 8, 8)
+    assert vit.decode(moments[:, :8]).shape == (2, 3, 32, 32)
+    assert_close(vit(torch.ones(1, 3, 32, 32)), vit.decode(vit.encode(torch.ones(1, 3, 32, 32))[:, :8]))
+    named = dict(vit.named_parameters())
+    assert vit.last_layer is named["decoder.linear.weight"]
+    assert vit.encoder_last_layer is named["adapter.weight"]
+
+
+@torch.no_grad()
+def test_vit_against_plain_loops():
+    """GAE's network as reference/tokenizer.md words it, every patch, head and query by itself."""
+    vit = filled(models.build_autoencoder(SMALL_VIT))
+    w, D, p, grid = vit.state_dict(), 24, 2, 4
+
+    def rms(h: Tensor) -> Tensor:
+        return h / (h.pow(2).mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+    def trunk(h: Tensor, name: str) -> Tensor:                                            # [N, D] -> [N, out]
+        h = h + w[f"{name}.pos_embed"][0]
+        for block in (f"{name}.blocks.0", f"{name}.blocks.1"):
+            q, k, v = (rms(h) @ w[f"{block}.attn.qkv.weight"].T).split(D, dim=1)
+            mixed = torch.zeros_like(h)
+            for head in (slice(0, 12), slice(12, 24)):
+                for n in range(len(h)):
+                    scores = rms(k[:, head]) @ rms(q[n, head]) / 12 ** 0.5
+                    mixed[n, head] = scores.softmax(dim=0) @ v[:, head]
+            h = h + mixed @ w[f"{block}.attn.proj.weight"].T
+            a, b = (rms(h) @ w[f"{block}.mlp.w12.weight"].T).chunk(2, dim=1)
+            h = h + (a * a.sigmoid() * b) @ w[f"{block}.mlp.w3.weight"].T
+        return rms(h) @ w[f"{name}.linear.weight"].T
+
+    x, z = arr("image", 1, 3, 8, 8), arr("latent", 1, 4, 4, 4)
+    cells = [(i, j) for i in range(grid) for j in range(grid)]
+    patches = torch.stack([x[0, :, i * p:(i + 1) * p, j * p:(j + 1) * p].flatten() for i, j in cells])
+    tokens = trunk(patches @ w["encoder.embed.weight"].flatten(1).T, "encoder") @ w["adapter.weight"].T
+    moments = torch.zeros(2 * 4, grid, grid)
+    for n, (i, j) in enumerate(cells):
+        moments[:, i, j] = tokens[n]
+    assert_close(vit.encode(x)[0], moments, rtol=1e-4, atol=1e-4)
+
+    latents = torch.stack([z[0, :, i, j] for i, j in cells])
+    tokens = trunk(latents @ w["decoder.embed.weight"].flatten(1).T, "decoder")
+    x_hat = torch.zeros(3, 8, 8)
+    for n, (i, j) in enumerate(cells):
+        x_hat[:, i * p:(i + 1) * p, j * p:(j + 1) * p] = tokens[n].reshape(p, p, 3).permute(2, 0, 1)
+    assert_close(vit.decode(z)[0], x_hat, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_unpatchify_against_a_double_loop():
+    tokens = arr("tokens", 2, 3 * 4, 2 * 2 * 5)                              # 3 rows and 4 columns of patches
+    pixels = models.unpatchify(tokens, 3, 4, 2)
+    assert pixels.shape == (2, 5, 6, 8)
+    for y in range(6):
+        for x in range(8):
+            token, inside = (y // 2) * 4 + x // 2, (y % 2) * 2 + x % 2
+            assert_close(pixels[:, :, y, x], tokens[:, token, inside * 5:inside * 5 + 5], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_latent_norm_puts_the_mean_on_a_sphere_and_leaves_the_log_variance():
+    plain = filled(models.build_autoencoder(SMALL_VIT))
+    normed = filled(models.build_autoencoder(SMALL_VIT | dict(latent_norm=True)))
+    x = arr("image", 3, 3, 8, 8)
+    mean, logvar = plain.encode(x).chunk(2, dim=1)
+    unit, same = normed.encode(x).chunk(2, dim=1)
+    assert_close(unit.square().mean(dim=1), torch.ones(3, 4, 4), rtol=1e-3, atol=0)      # eps is beside RMS^2
+    assert_close(unit, mean / mean.square().mean(dim=1, keepdim=True).sqrt(), rtol=1e-3, atol=1e-4)
+    assert_close(same, logvar, rtol=0, atol=0)
+    assert (mean.square().mean(dim=1).sqrt() - 1).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (8, 10), (4, 16), (9, 8)])
+def test_vit_refuses_other_sizes_in_one_line(height: int, width: int):
+    """4 x 16 has as many patches as 8 x 8, and 9 x 8 would lose a row: neither may pass in silence."""
+    vit = models.build_autoencoder(SMALL_VIT)
+    with pytest.raises(ValueError, match=f"{height} x {width} does not fit .* for 8 x 8 only") as error:
+        vit.encode(torch.zeros(1, 3, height, width))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="2 x 8 does not fit .* for 4 x 4 only"):
+        vit.decode(torch.zeros(1, 4, 2, 8))
+
+
+@pytest.mark.parametrize("latent_norm", [False, True])
+def test_every_parameter_of_the_vit_gets_a_gradient(latent_norm: bool):
+    """From the reconstruction of a sample alone, the log-variance rows of the adapter included."""
+    vit = filled(models.build_autoencoder(SMALL_VIT | dict(latent_norm=latent_norm))).train()
+    z = losses.reparameterize(*losses.split_moments(vit.encode(arr("image", 2, 3, 8, 8))),
+                              arr("eps", 2, 4, 4, 4))
+    vit.decode(z).square().sum().backward()
+    for name, parameter in vit.named_parameters():
+        assert parameter.requires_grad and (parameter.grad.flatten(1).norm(dim=1) > 0).all(), name
+
+
+@torch.no_grad()
+def test_initialisation_of_the_vit():
+    """Patches: Kaiming, sqrt(2 / fan_out), fan_out = 4^2 64.  Linears: uniform on +-1 / sqrt(fan_in)."""
+    torch.manual_seed(0)
+    vit = models.build_autoencoder(models.AUTOENCODERS["vit-demo"])
+    assert vit.encoder.embed.weight.std().item() == pytest.approx((2 / (16 * 64)) ** 0.5, rel=0.05)
+    for trunk in (vit.encoder, vit.decoder):
+        assert trunk.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+        assert 0.98 / 8 < trunk.blocks[1].attn.qkv.weight.abs().max() <= 1 / 8
+    assert 0.9 / 8 ** 0.5 < vit.decoder.embed.weight.abs().max() <= 1 / 8 ** 0.5           # 8 channels in
+
+
+@pytest.mark.parametrize("changed, message", [
+    (dict(arch="mlp"), '"conv" or "vit", not "mlp"'), (dict(patch=3), "of patch"),
+    (dict(heads=5), "of heads")])
+def test_impossible_vits_are_refused(changed: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        models.build_autoencoder(SMALL_VIT | changed)
+
+
+def test_config_without_arch_is_convolutional():
+    assert "arch" not in models.build_autoencoder(SMALL).config                    # as in older checkpoints
+    assert type(models.build_autoencoder(SMALL)) is models.Autoencoder
+    assert type(models.build_autoencoder(SMALL | dict(arch="conv"))) is models.Autoencoder
+    assert type(models.build_autoencoder(SMALL_VIT)) is models.VitAutoencoder
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -357,13 +511,15 @@ def test_normalize_and_back():
 # Checkpoints: ours rebuild themselves, published ones load as they are, any other file is refused by name.
 
 
+@pytest.mark.parametrize("config", [SMALL, SMALL_VIT, SMALL_VIT | dict(latent_norm=True)])
 @torch.no_grad()
-def test_tokenizer_checkpoint_rebuilds_its_model(tmp_path: Path):
-    original = filled(models.build_autoencoder(SMALL))
+def test_tokenizer_checkpoint_rebuilds_its_model(tmp_path: Path, config: dict):
+    original = filled(models.build_autoencoder(config))
     torch.save({"kind": "tokenizer", "model_config": original.config, "model": original.state_dict(),
                 "latent_mean": torch.zeros(4), "step": 7}, tmp_path / "checkpoint.pt")
     loaded, checkpoint = models.load_autoencoder(tmp_path / "checkpoint.pt")
-    assert loaded.config == original.config and checkpoint["step"] == 7 and not loaded.training
+    assert type(loaded) is type(original) and loaded.config == original.config == config
+    assert checkpoint["step"] == 7 and not loaded.training
     x = arr("image", 1, 3, 8, 8)
     assert_close(loaded(x), original(x), rtol=0, atol=0)
 

@@ -68,9 +68,10 @@ def update_difference(a: dict, b: dict, start: dict) -> float:
     return ((flat[0] - flat[1]).norm() / (flat[0] - flat[2]).norm()).item()
 
 
+@pytest.mark.parametrize("model", ["demo", "vit-demo"])
 @pytest.mark.parametrize("loss", ["ve", "kl", "sigma", "none"])
-def test_smoke_for_every_loss(tmp_path, loss):
-    state = train(tmp_path, "--loss", loss)
+def test_smoke_for_every_loss_and_architecture(tmp_path, loss, model):
+    state = train(tmp_path, "--loss", loss, "--model", model)
     assert state["step"] == 4 and (tmp_path / "images" / "0000004.png").stat().st_size > 0
     lines = read_log(tmp_path)
     terms = {"ve": {"var", "reg"}, "kl": {"kl"}, "sigma": {"mean"}, "none": set()}[loss]
@@ -141,7 +142,7 @@ def test_two_processes_train_as_one(tmp_path):
     """
     flags = ["--steps", "3", "--save-every", "3"]
     torch.manual_seed(0)
-    start = models.build_autoencoder(models.AUTOENCODERS["demo"]).state_dict()
+    start = models.build_autoencoder(models.AUTOENCODERS["vit-demo"]).state_dict()
     one = train(tmp_path / "one", *flags)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
            *script("--out", str(tmp_path / "two"), *flags)[1:]]
@@ -158,7 +159,7 @@ def test_two_processes_train_as_one(tmp_path):
 def test_mean_reduction_trains_as_sum_reduction(tmp_path):
     """Dividing objective and clipping threshold alike changes AdamW's path by its epsilon only."""
     torch.manual_seed(0)
-    start = models.build_autoencoder(models.AUTOENCODERS["demo"]).state_dict()
+    start = models.build_autoencoder(models.AUTOENCODERS["vit-demo"]).state_dict()
     a, b = (train(tmp_path / r, "--reduction", r)["model"] for r in ("sum", "mean"))
     assert update_difference(a, b, start) < 0.05
 
@@ -176,7 +177,7 @@ def test_unreadable_files_are_counted_in_the_log(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--size", "30"], "--size 30 is not a multiple of 4, the stride of --model demo; use 32"),
+    (["--size", "30"], "--size 30 is not a multiple of 4, the stride of --model vit-demo; use 32"),
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--delta", "0"], "--delta must be positive"),
     (["--steps", "0"], "--steps must be at least 1"),
@@ -213,6 +214,7 @@ def test_a_non_finite_step_stops_the_run_and_keeps_the_last_checkpoint(tmp_path,
 # ------------------------------------------------------------------------------------------------------------
 # Adversarial training.
 
+CONV = ["--model", "demo"]
 GAN = ["--disc-weight", "0.5", "--disc-start", "2"]
 
 
@@ -221,7 +223,7 @@ def adversarial_parts(**flags: object) -> tuple:
     argv = [*TINY, *GAN, *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items())]
     args, rt = train_tokenizer.parse(argv), runtime.Runtime(torch.device("cpu"))
     torch.manual_seed(0)
-    objective = train_tokenizer.Objective(models.build_autoencoder(models.AUTOENCODERS["demo"]), args, rt)
+    objective = train_tokenizer.Objective(models.build_autoencoder(models.AUTOENCODERS["vit-demo"]), args, rt)
     adversary = train_tokenizer.Adversary(args, rt)
     x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     eps = torch.randn(4, 8, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -327,11 +329,11 @@ def test_two_processes_train_adversarially_with_equal_parameters(tmp_path):
 
 
 def test_export_and_init_close_the_circle(tmp_path):
-    state = train(tmp_path / "a", *GAN)
+    state = train(tmp_path / "a", *GAN, *CONV)
     train_tokenizer.main(["--out", str(tmp_path / "a"), "--export", str(tmp_path / "published.pt")])
     published = torch.load(tmp_path / "published.pt", weights_only=True)["state_dict"]
     assert {k for k in published if not k.startswith("loss.")} == set(state["model"])
-    other = train(tmp_path / "b", *GAN, "--init", str(tmp_path / "published.pt"), "--lr", "0")
+    other = train(tmp_path / "b", *GAN, *CONV, "--init", str(tmp_path / "published.pt"), "--lr", "0")
     assert_same(other["model"], state["model"])
     learned = [k for k in state["discriminator"] if "running" not in k and "num_batches" not in k]
     for key in learned:
@@ -340,9 +342,17 @@ def test_export_and_init_close_the_circle(tmp_path):
     assert_same(statistics["mean"].flatten(), state["latent_mean"])
 
 
+def test_a_vit_is_not_exported_in_a_form_it_does_not_fit(tmp_path, capsys):
+    train(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train_tokenizer.main(["--out", str(tmp_path), "--export", str(tmp_path / "published.pt")])
+    assert stop.value.code == 2 and "ViT tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "published.pt").exists()
+
+
 def test_init_sigma_sets_every_posterior(tmp_path):
-    train(tmp_path / "a")
-    flags = ["--init", str(tmp_path / "a/checkpoint.pt"), "--init-sigma", "0.05", "--lr", "0"]
+    train(tmp_path / "a", *CONV)
+    flags = [*CONV, "--init", str(tmp_path / "a/checkpoint.pt"), "--init-sigma", "0.05", "--lr", "0"]
     train(tmp_path / "b", *flags)
     line = [line for line in read_log(tmp_path / "b") if "sigma2" in line][-1]
     assert_close(line["sigma2"], 0.05 ** 2, rtol=1e-4, atol=0)
@@ -354,23 +364,25 @@ def test_ve_warmup_ramps_the_force():
     the full.
     """
     args, objective, _, batch = adversarial_parts()
-    bias = objective.autoencoder.quant_conv.bias
+    adapter = objective.autoencoder.adapter.weight
     gradients = {}
     for warmup in (0, 4):
         args.ve_warmup = warmup
         objective.zero_grad(set_to_none=True)
         objective.weights |= {"rec": 0.0, "reg": 0.0}
         train_tokenizer.step_gradients(objective, objective, None, [batch], 0, 1.0, args)
-        gradients[warmup] = bias.grad.clone()
+        gradients[warmup] = adapter.grad.clone()
     assert_close(gradients[4], gradients[0] / 4)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--init", "no/such/file.pt"], "no/such/file.pt"),
     (["--init-sigma", "0.1"], "needs --init"),
+    (["--init", "x.pt", "--init-sigma", "0.1"], "is for convolutional tokenizers"),
     (["--accumulate", "3"], "--accumulate 3 does not divide the 4 images"),
-    (["--disc-weight", "0.5", "--size", "16"], "too small for the discriminator"),
+    (["--disc-weight", "0.5", "--model", "demo", "--size", "16"], "too small for the discriminator"),
     (["--export", "x.pt"], "is not a file"),
+    (["--model", "vit-demo", "--size", "64"], "--model vit-demo has learned positions for 32 pixels"),
 ])
 def test_more_bad_input(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:

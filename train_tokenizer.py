@@ -36,7 +36,8 @@ from runtime import InputError, Runtime
 
 PAPER = dict(size=256, batch=64, lr=2.5e-5, perceptual_weight=1.0, disc_weight=0.5)
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(model="demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0, disc_weight=0),
+    "demo": dict(model="vit-demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0,
+                 disc_weight=0),
     "ldm-f16d16": PAPER | dict(model="f16d16", steps=200_182),   # 10 epochs of ImageNet
     "vavae-f16d32": PAPER | dict(model="f16d32", steps=320_292),   # 16 epochs
     "vavae-f16d32-finetune": PAPER | dict(model="f16d32", steps=100_091, disc_start=0),   # 5 epochs
@@ -116,7 +117,7 @@ class Objective(nn.Module):
     unweighted.
     """
 
-    def __init__(self, autoencoder: models.Autoencoder, args: argparse.Namespace, rt: Runtime) -> None:
+    def __init__(self, autoencoder: models.Tokenizer, args: argparse.Namespace, rt: Runtime) -> None:
         super().__init__()
         self.autoencoder, self.autocast = autoencoder, lambda: rt.autocast(args.precision)
         self.loss, self.delta, self.tau = args.loss, args.delta, args.tau
@@ -335,11 +336,14 @@ def latent_statistics(objective: Objective, dataset: Any, args: argparse.Namespa
 # The loop.
 
 
-def check(args: argparse.Namespace, autoencoder: models.Autoencoder, rt: Runtime) -> None:
+def check(args: argparse.Namespace, autoencoder: models.Tokenizer, rt: Runtime) -> None:
     if args.size % autoencoder.stride:
         nearest = max(1, round(args.size / autoencoder.stride)) * autoencoder.stride
         raise InputError(f"--size {args.size} is not a multiple of {autoencoder.stride}, the stride of "
                          f"--model {args.model}; use {nearest}")
+    if args.size != autoencoder.config.get("image_size", args.size):
+        raise InputError(f"--model {args.model} has learned positions for {autoencoder.config['image_size']} "
+                         f"pixels; --size {args.size} needs a convolutional model")
     if args.batch % rt.world:
         raise InputError(f"--batch {args.batch} does not divide over {rt.world} processes")
     for name in ("batch", "steps", "log_every", "save_every", "image_every", "eval_images", "stats_images"):
@@ -352,11 +356,13 @@ def check(args: argparse.Namespace, autoencoder: models.Autoencoder, rt: Runtime
         raise InputError(f"--size {args.size} is too small for the discriminator: 32, or --disc-weight 0")
     if args.init_sigma is not None and (args.init is None or args.init_sigma <= 0):
         raise InputError("--init-sigma takes a positive sigma, and needs --init")
+    if args.init_sigma is not None and not isinstance(autoencoder, models.Autoencoder):
+        raise InputError(f"--init-sigma is for convolutional tokenizers, --model {args.model} is none")
     if args.delta <= 0:
         raise InputError(f"--delta must be positive, got {args.delta}")
 
 
-def initialise(autoencoder: models.Autoencoder, adversary: Adversary | None,
+def initialise(autoencoder: models.Tokenizer, adversary: Adversary | None,
                args: argparse.Namespace) -> None:
     """--init: weights from a checkpoint, and its discriminator's where it holds one; --init-sigma on top.
 
@@ -377,7 +383,7 @@ def initialise(autoencoder: models.Autoencoder, adversary: Adversary | None,
             autoencoder.quant_conv.bias[autoencoder.channels:] = 2 * math.log(args.init_sigma)
 
 
-def resume(path: Path, autoencoder: models.Autoencoder, optimizer: torch.optim.Optimizer,
+def resume(path: Path, autoencoder: models.Tokenizer, optimizer: torch.optim.Optimizer,
            adversary: Adversary | None, args: argparse.Namespace) -> int:
     """Load the run in `path` if there is one.  Returns the number of steps already done."""
     if not path.exists():
@@ -397,6 +403,8 @@ def export(args: argparse.Namespace) -> None:
     """--export: the run in --out with VA-VAE's names, and LightningDiT's latents_stats.pt beside it."""
     with runtime.input_errors():
         state = models.read_kind(args.out / "checkpoint.pt", "tokenizer")
+    if state["model_config"].get("arch") == "vit":
+        raise InputError(f"{args.out} holds a ViT tokenizer: VA-VAE's form is for convolutional ones")
     discriminator = {f"loss.discriminator.{k}": v for k, v in state.get("discriminator", {}).items()}
     runtime.save_atomic({"state_dict": dict(state["model"]) | discriminator}, args.export)
     statistics = args.export.with_name("latents_stats.pt")
