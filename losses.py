@@ -244,8 +244,8 @@ def square_magnitude(mean: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the paper's tokenizers train with beside Eqs. 1-11: VQGAN's adversarial loss, and VA-VAE's alignment to
-# a vision foundation model.  Both are balanced against the reconstruction by the gradients at one layer.
+# VQGAN's adversarial loss, which LDM's and VA-VAE's tokenizers add to L_rec, balanced against it by the
+# gradients of both at the decoder's last layer.
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
@@ -273,31 +273,6 @@ def adaptive_weight(reference: Tensor, other: Tensor, eps: float = 1e-4, maximum
     """
     ratio = reference.float().norm() / (other.float().norm() + eps)
     return ratio.clamp(max=maximum).detach()
-
-
-def marginal_cosine(projected: Tensor, teacher: Tensor, margin: float = 0.5) -> Tensor:
-    """mean over positions of max(0, 1 - margin - cos(projected, teacher)): VA-VAE's L_mcos.
-
-    projected, teacher: [B, D, h, w].  Reduction: mean over B, h, w.  Returns: [] in [0, 2 - margin].
-    Minimum 0 where the cosine is at least 1 - margin.  Gradient: to both.  Batch statistics: none.
-    """
-    return F.relu(1 - margin - F.cosine_similarity(projected, teacher, dim=1)).mean()
-
-
-def marginal_distance_matrix(projected: Tensor, teacher: Tensor, margin: float = 0.25) -> Tensor:
-    """mean over pairs (i, j) of positions of max(0, |cos(z_i, z_j) - cos(f_i, f_j)| - margin): VA-VAE's
-    L_mdms.
-
-    projected z, teacher f: [B, D, h, w] (their widths may differ).  Reduction: mean over B and the (hw)^2
-    pairs.
-    Returns: [] in [0, 2 - margin].  Minimum 0 where the similarity structures agree up to the margin.
-    Gradient: to both.  Batch statistics: none.
-    """
-    def similarity(a: Tensor) -> Tensor:
-        unit = F.normalize(a.flatten(2), dim=1)                                                 # [B, D, N]
-        return unit.mT @ unit
-
-    return F.relu((similarity(projected) - similarity(teacher)).abs() - margin).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------

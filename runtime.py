@@ -261,6 +261,21 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def add_running_flags(parser: argparse.ArgumentParser, image_every: int) -> argparse._ArgumentGroup:
+    """The flags that both training stages share, with the same meaning.  Returns: their group."""
+    g = parser.add_argument_group("running")
+    g.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+                   help="autocast of the networks; auto is bf16 on CUDA; latents are always fp32")
+    g.add_argument("--workers", type=int, default=2, help="loader processes per training process")
+    g.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    g.add_argument("--image-every", type=int, default=image_every, help="steps between pictures")
+    g.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
+    return g
+
+
 def plain(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of a command as plain values, for its checkpoint and its log."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

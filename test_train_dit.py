@@ -1,11 +1,8 @@
 """The DiT's stage end to end: smoke, the objective, resume after SIGKILL, two processes, and bad input."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +15,10 @@ import models
 import train_dit
 import train_tokenizer
 from runtime import Runtime
-from test_train_tokenizer import assert_same, one_thread, read_log, update_difference  # noqa: F401
+from test_train_tokenizer import (  # noqa: F401  (one_thread is a fixture)
+    ENVIRONMENT, assert_same, kill_after_first_checkpoint, one_thread, read_log, update_difference)
 
 HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -135,13 +132,7 @@ def test_killed_with_sigkill_the_same_command_ends_bit_identical(tokenizer, tmp_
     whole = train(tokenizer, tmp_path / "whole", *flags)
     out = tmp_path / "killed"
     run = [sys.executable, str(HERE / "train_dit.py"), *flags_of(tokenizer, out, *flags)]
-    process = subprocess.Popen(run, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (out / "checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 40, "it finished before the kill"
+    kill_after_first_checkpoint(run, out, steps=40)
     resumed = train(tokenizer, out, *flags)
     for key in ("model", "ema", "optimizer"):
         assert_same(whole[key], resumed[key])

@@ -46,6 +46,17 @@ def offline(*args, **kwargs):
     raise OSError("no network")
 
 
+def kill_after_first_checkpoint(command: list[str], out: Path, steps: int) -> None:
+    """Run `command`, SIGKILL it once --out holds a checkpoint, and make sure that it had not finished."""
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out / "checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] < steps, "it finished before the kill"
+
+
 def assert_same(a: object, b: object) -> None:
     """Bitwise equality of nested containers of tensors."""
     if isinstance(a, dict):
@@ -113,13 +124,7 @@ def test_killed_with_sigkill_the_same_command_ends_bit_identical(tmp_path):
     flags = ["--steps", "40", "--save-every", "3", "--image-every", "40"]
     whole = train(tmp_path / "whole", *flags)
     out = tmp_path / "killed"
-    process = subprocess.Popen(script("--out", str(out), *flags), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (out / "checkpoint.pt").exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] < 40, "it finished before the kill"
+    kill_after_first_checkpoint(script("--out", str(out), *flags), out, steps=40)
     resumed = train(out, *flags)
     assert resumed["step"] == 40
     for key in ("model", "optimizer", "latent_mean", "latent_std"):
