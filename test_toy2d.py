@@ -119,15 +119,17 @@ def test_sample_has_the_moments_of_the_mixture() -> None:
 
 
 def test_euler_on_an_analytic_gaussian_flow() -> None:
-    m, s = torch.tensor([0.7, -1.2], dtype=torch.float64), 0.4
+    m, s, times = torch.tensor([0.7, -1.2], dtype=torch.float64), 0.4, []
     x0 = torch.randn(500, 2, generator=rng(), dtype=torch.float64)
 
     def velocity(x: Tensor, t: float) -> Tensor:
+        times.append(t)
         return m + (t * s ** 2 - (1 - t)) / (t ** 2 * s ** 2 + (1 - t) ** 2) * (x - t * m)
 
     error = {n: (losses.euler(velocity, x0, n) - (m + s * x0)).abs().max().item() for n in (20, 1000, 2000)}
     assert error[2000] < 2e-3 and 1.9 < error[1000] / error[2000] < 2.1   # first order
     assert error[20] < 0.2                                                # the toy's 20 steps
+    assert_close(times[:20], [k / 20 for k in range(20)])                 # explicit: v where a step begins
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def short_run(arms: list[toy2d.Arm], folder: Path) -> list[dict]:
 
 
 def test_a_stack_equals_each_arm_alone(tmp_path: Path) -> None:
-    kl, _, ve = toy2d.figure_arms(0)
+    kl, *_, ve = toy2d.figure_arms(0)
     arms = kl, ve, toy2d.Arm("n", "inverse variance", 1e-4, normalised=True, flow_data="mean", seed=1)
     together = short_run(list(arms), tmp_path)
     for arm, stacked in zip(arms, together):
@@ -271,7 +273,7 @@ def test_fixed_sigma_and_flow_data() -> None:
 
 
 def test_objectives_are_the_paper_s_sums() -> None:
-    kl, _, ve = toy2d.figure_arms(0)
+    kl, *_, ve = toy2d.figure_arms(0)
     tokenizer = toy2d.Tokenizer([kl, ve], 16, 8)
     x, eps, base, t = next(toy2d.draws(MIXTURE, [0, 0], "tokenizer", 8, 1, torch.device("cpu")))
     total, terms = toy2d.tokenizer_loss(tokenizer, [kl, ve], x, eps, base, t)
@@ -318,7 +320,7 @@ def test_paper_preset_is_supplement_c() -> None:
     small = toy2d.PRESETS["small"]
     assert_close(toy2d.learning_rate(4000, 12_000, small), 4e-3 / 2)        # before the cool-down
     assert_close(toy2d.learning_rate(10_200, 12_000, small), 4e-3 / 2 / math.sqrt(10.2))   # half-way down it
-    kl, _, ve = toy2d.figure_arms(0)
+    kl, *_, ve = toy2d.figure_arms(0)
     assert (kl.weight, ve.weight, ve.lambda2, ve.tau) == (1e-3, 1e-2, 1e-6, 1.0)
 
 
@@ -352,7 +354,7 @@ def test_metrics_on_real_data_and_on_rubbish() -> None:
 
 def test_slope_of_figure_3_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
     # A tokenizer whose sigma is 0.05 T^(-1/4) of its own decoder, exactly.
-    arm = toy2d.figure_arms(0)[2]
+    arm = toy2d.figure_arms(0)[-1]
     tokenizer = toy2d.Tokenizer([arm], 16, 8)
     mean = torch.randn(300, 2, generator=rng()) * 3
     t = toy2d.sensitivity(tokenizer.decoder, mean)
