@@ -701,7 +701,7 @@ def figure3(trained: dict[str, Any], found: dict[str, Any]) -> plt.Figure:
 def figure4(curves: dict[str, dict[str, list[float]]]) -> plt.Figure:
     """Decoded displacement and invalid share against the size of a latent perturbation."""
     figure, (row,) = canvas(1, 5.2, "What an error in the latent does to the decoded point",
-                           left=0.045, right=0.99, top=0.84, bottom=0.17, wspace=0.16)
+                           left=0.045, right=0.99, top=0.85, bottom=0.2, wspace=0.16)
     views = (("absolute", "displacement", 1, "latent units", "decoded displacement"),
              ("relative", "displacement", 1, "latent spread", "decoded displacement"),
              ("relative", "invalid_share", 100, "latent spread", "decoded outside the data [%]"))
@@ -711,11 +711,12 @@ def figure4(curves: dict[str, dict[str, list[float]]]) -> plt.Figure:
             ax.plot(curves[name][x], heights, style, color=colour, lw=2.8, label=name)
         shown = {name: factor * curve[y][12] if x == "relative" else curve["absolute"][-1]
                  for name, curve in curves.items()}
-        below = ("at 0.1:  " if x == "relative" else "spread:  ") + ",  ".join(
-            f"{name} = {value:.2g}" for name, value in shown.items())
+        values = [f"{name}: {value:.2g}" for name, value in shown.items()]
+        below = f"{'at 0.1' if x == 'relative' else 'spread'}    " + "    ".join(values[:2]) + "\n"
+        below += "    ".join(values[2:])
         ax.set(xscale="log", yscale="log" if factor == 1 else "linear", title=title, box_aspect=0.9,
                xlabel=f"perturbation [{unit}]")
-        ax.text(0.5, -0.2, below, transform=ax.transAxes, ha="center", va="top", fontsize=10)
+        ax.text(0.5, -0.19, below, transform=ax.transAxes, ha="center", va="top", fontsize=11.5)
         ax.grid(alpha=0.3)
     row[0].legend()
     return figure
