@@ -272,7 +272,7 @@ def test_two_processes_give_the_numbers_of_one():
     two, one = json.loads(Path("two/results.json").read_text()), run(*flags)
     for a, b in zip(one, two):
         assert b["processes"] == 2 and a["processes"] == 1
-        # Decoded images are rounded to 8 bits: another batch, or another number of threads, may turn one level.
+        # Decoded images are rounded to 8 bits: another batch or number of threads may turn one level.
         tolerance = 1e-5 if a["evaluation"] == "generation" else 2e-3
         assert numbers(a["metrics"]) == pytest.approx(numbers(b["metrics"]), rel=tolerance)
         assert a["protocol"] == b["protocol"]
