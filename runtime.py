@@ -372,7 +372,7 @@ class Log:
 
     def __init__(self, path: str | Path, config: dict[str, Any], runtime: Runtime,
                  resumed_step: int = 0) -> None:
-        self.path, self.active, self.begin = Path(path), runtime.is_main, time.time()
+        self.path, self.active = Path(path), runtime.is_main
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,8 @@ def collect(images: np.ndarray, args: argparse.Namespace, rt: Runtime) -> np.nda
     parts = [np.load(args.out / f".part{r}.npy", mmap_mode="r") for r in range(rt.world)]
     everything = np.empty((args.count, *parts[0].shape[1:]), np.uint8)
     for r, rows in enumerate(parts):
-        everything[r::rt.world] = rows if len(rows) else everything[r::rt.world]
+        if len(rows):   # none where there are more processes than images
+            everything[r::rt.world] = rows
         (args.out / f".part{r}.npy").unlink()
     return everything
 

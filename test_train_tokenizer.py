@@ -384,6 +384,7 @@ def test_ve_warmup_ramps_the_force():
     (["--init", "no/such/file.pt"], "no/such/file.pt"),
     (["--init-sigma", "0.1"], "needs --init"),
     (["--init", "x.pt", "--init-sigma", "0.1"], "is for convolutional tokenizers"),
+    (["--preset", "vavae-f16d32-finetune"], "give it with --init"),
     (["--accumulate", "3"], "--accumulate 3 does not divide the 4 images"),
     (["--disc-weight", "0.5", "--model", "demo", "--size", "16"], "too small for the discriminator"),
     (["--export", "x.pt"], "is not a file"),

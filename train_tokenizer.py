@@ -51,7 +51,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="demo",
-                   help="defaults for model, size, batch, lr, steps (10 or 16 epochs of ImageNet) and LPIPS")
+                   help="defaults for model, size, batch, lr, steps (epochs of ImageNet), LPIPS and "
+                   "discriminator; VA-VAE's rows lack its alignment loss")
     p.add_argument("--data", default="shapes", help="'shapes', 'cifar10', or a folder of class folders")
     p.add_argument("--size", type=int, help="image side in pixels")
     p.add_argument("--model", choices=models.AUTOENCODERS, help="row of models.AUTOENCODERS")
@@ -345,6 +346,8 @@ def check(args: argparse.Namespace, autoencoder: models.Tokenizer, rt: Runtime) 
         raise InputError(f"--accumulate {args.accumulate} does not divide the {local} images of a process")
     if args.disc_weight and args.size < 32:
         raise InputError(f"--size {args.size} is too small for the discriminator: 32, or --disc-weight 0")
+    if args.preset == "vavae-f16d32-finetune" and args.init is None:
+        raise InputError(f"--preset {args.preset} starts from a published checkpoint: give it with --init")
     if args.init_sigma is not None and (args.init is None or args.init_sigma <= 0):
         raise InputError("--init-sigma takes a positive sigma, and needs --init")
     if args.init_sigma is not None and not isinstance(autoencoder, models.Autoencoder):
