@@ -115,7 +115,7 @@ def test_image_i_is_the_same_for_any_batch_size(dit, tmp_path):
 
 def test_two_processes_draw_the_images_of_one(dit, tmp_path):
     one, labels = draw(dit, tmp_path / "one")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613",
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
            str(HERE / "sample.py"), "--smoke", "--dit", str(dit), "--out", str(tmp_path / "two")]
     done = subprocess.run(run, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

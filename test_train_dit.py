@@ -50,23 +50,23 @@ def test_smoke_writes_a_checkpoint_that_rebuilds_itself(tokenizer, tmp_path):
 
 
 def test_the_objective_is_equation_4_on_the_path_of_equation_27(tokenizer):
-    """With a network that always answers 0 the loss is the mean square of z - eps, and the cosine term is
-    1.
-    """
+    """With a network that always answers 1/2 the loss is mean (1/2 - (z - eps))^2: its sign counts."""
     args = SimpleNamespace(precision="fp32", cosine_weight=1.0)
     seen = []
 
-    class Zero(torch.nn.Module):
+    class Half(torch.nn.Module):
         def forward(self, x_t, t, y):
             seen.append((x_t, t, y))
-            return torch.zeros_like(x_t)
+            return torch.full_like(x_t, 0.5)
 
-    objective = train_dit.Objective(Zero(), args, Runtime(torch.device("cpu")))
+    objective = train_dit.Objective(Half(), args, Runtime(torch.device("cpu")))
     z, eps, t = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0.0, 0.25, 0.5, 1.0])
     terms, per_sample = objective(z, eps, t, torch.arange(4))
-    assert_close(terms["velocity"], (z - eps).square().mean())
-    assert_close(terms["cosine"], torch.tensor(1.0))
-    assert_close(per_sample, (z - eps).square().mean((1, 2, 3)))
+    v = z - eps
+    assert_close(terms["velocity"], (0.5 - v).square().mean())
+    assert_close(per_sample, (0.5 - v).square().mean((1, 2, 3)))
+    cosine = v.sum(1) / (2 ** 0.5 * v.square().sum(1).sqrt())          # with (1/2, 1/2), of norm 1 / sqrt 2
+    assert_close(terms["cosine"], (1 - cosine).mean())
     x_t = seen[0][0]
     assert_close(x_t[0], eps[0])
     assert_close(x_t[1], 0.75 * eps[1] + 0.25 * z[1])
@@ -146,7 +146,7 @@ def test_two_processes_train_as_one(tokenizer, tmp_path):
     torch.manual_seed(0)
     start = models.build_dit(models.DITS["demo"]).state_dict()
     one = train(tokenizer, tmp_path / "one", *flags)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29612",
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
            str(HERE / "train_dit.py"), *flags_of(tokenizer, tmp_path / "two", *flags)]
     done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -149,7 +149,7 @@ def test_two_processes_train_as_one(tmp_path):
     torch.manual_seed(0)
     start = models.build_autoencoder(models.AUTOENCODERS["vit-demo"]).state_dict()
     one = train(tmp_path / "one", *flags)
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611",
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
            *script("--out", str(tmp_path / "two"), *flags)[1:]]
     done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -322,7 +322,7 @@ def test_two_processes_train_adversarially_with_equal_parameters(tmp_path):
     """BatchNorm sees each rank's own half, so this is not one process's run; the ranks must agree with
     each other.
     """
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29614",
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
            *script("--out", str(tmp_path), *GAN, "--accumulate", "2")[1:]]
     done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
