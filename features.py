@@ -1,5 +1,6 @@
 """Images to features: the networks, the sets of images they see, and the features of a whole set.
 
+    teacher = load_teacher("dinov2_vitl14")                            # what VA-VAE's tokenizers align to
     features = load_features("auto", image_size=32, device=device)     # FID's, if its weights are here
     images = open_images("samples.npz")                                # or a folder, or a set of data.py
     found = extract(images, features, runtime, ...)                    # moments and rows, over all processes
@@ -19,6 +20,7 @@ import struct
 import sys
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import models
 import runtime
 from metrics import Gaussian, Moments, wide
 from runtime import InputError, Runtime
@@ -162,6 +165,95 @@ class RandomConvolutions(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The teacher of VA-VAE's tokenizers, which are aligned to its patch features while they train.
+
+
+class DinoV2(nn.Module):
+    """DINOv2 (Oquab et al. 2023) of patch 14 without registers, with the names of its published weights.
+
+    x [B, 3, H, W] in [-1, 1] -> the patch tokens after the last norm, [B, D, side, side].
+    Images are resized to 14 * side pixels (bilinear, not antialiased: VA-VAE's way to a 16 x 16 grid at 224)
+    and positions to the grid (bicubic, antialiased, as timm does).  normalize: bring the pixels to the mean
+    and deviation of ImageNet, which the network was trained with and VA-VAE's training left out.
+    """
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    class Layer(nn.Module):
+        """h += ls * f(norm(h)), f = attention, then f = MLP.  [B, N, D]"""
+
+        def __init__(self, width: int, heads: int) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+            self.attn = models.Attention("sit", width, heads, qk_norm=False)
+            self.mlp = models.Mlp(width, approximate="none")
+            self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(width)}) for _ in range(2))
+
+        def forward(self, h: Tensor) -> Tensor:
+            h = h + self.ls1["gamma"] * self.attn(self.norm1(h))
+            return h + self.ls2["gamma"] * self.mlp(self.norm2(h))
+
+    def __init__(self, width: int, depth: int, grid: int, normalize: bool) -> None:
+        super().__init__()
+        self.side, self.normalize = grid, normalize
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37 ** 2, width))
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, 14, stride=14)))
+        self.blocks = nn.Sequential(*(self.Layer(width, width // 64) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, size=(14 * self.side, 14 * self.side), mode="bilinear", align_corners=False)
+        if self.normalize:
+            mean, std = x.new_tensor([self.MEAN, self.STD])[:, :, None, None]
+            x = (x / 2 + 0.5 - mean) / std
+        first, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:].mT.unflatten(2, (37, 37))
+        grid = F.interpolate(grid, size=(self.side, self.side), mode="bicubic", antialias=True)
+        h = self.patch_embed(x).flatten(2).mT + grid.flatten(2).mT
+        h = torch.cat([(self.cls_token + first).expand(len(x), -1, -1), h], dim=1)
+        return self.norm(self.blocks(h))[:, 1:].mT.unflatten(2, (self.side, self.side)).float()
+
+
+# Width and depth.
+DINOV2 = {"dinov2_vits14": (384, 12), "dinov2_vitb14": (768, 12), "dinov2_vitl14": (1024, 24)}
+
+
+def load_teacher(choice: str, grid: int, normalize: bool = False) -> Callable[[Tensor], Tensor]:
+    """x [B, 3, H, W] in [-1, 1] -> [B, D, grid, grid], frozen, on the CPU.
+
+    choice: a name in DINOV2, whose weights are torch hub's NAME_pretrain.pth (downloaded where they can be);
+    a file of such weights, or one of VA-VAE's that holds its teacher; or 'module:function' of one's own, used
+    as it is.  Errors: InputError, one line, when the weights are not to be had or do not fit.
+    """
+    if ":" in choice:
+        return load_function(choice, "--teacher")
+    if choice in DINOV2:
+        name, folder = f"{choice}_pretrain.pth", f"{torch.hub.get_dir()}/checkpoints"
+        try:
+            state = torch.hub.load_state_dict_from_url(
+                f"https://dl.fbaipublicfiles.com/dinov2/{choice}/{name}", map_location="cpu",
+                weights_only=True, progress=False)
+        except (OSError, RuntimeError) as error:   # no network, or a damaged file
+            raise InputError(f"--teacher {choice} needs {name} ({str(error).splitlines()[0]}): put that file "
+                             f"into {folder}, name it with --teacher, or use --align-weight 0") from None
+    else:
+        with runtime.input_errors():
+            file = models.read_checkpoint(choice)
+        state = models.tensors(file.get("state_dict", file))
+    prefix = "foundation_model.model."
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
+    state.pop("mask_token", None)
+    width = state["norm.weight"].numel() if "norm.weight" in state else 0
+    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=-1)
+    if (width, depth) not in DINOV2.values():
+        raise InputError(f"--teacher {choice} holds no DINOv2 of patch 14: give {', '.join(DINOV2)}, a file "
+                         "of their weights, or module:function")
+    teacher = DinoV2(width, depth, grid, normalize)
+    with runtime.input_errors():
+        models.load_strict(teacher, state, choice)
+    return teacher.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Choosing one.
 
 
@@ -248,7 +340,7 @@ def load_features(choice: str, image_size: int, device: torch.device,
     elif choice == "random":
         network, name, preprocessing = RandomConvolutions(), "RandConv", "v / 127.5 - 1, random weights"
     elif ":" in choice:
-        return Features(choice, "a function of one's own", load_function(choice))
+        return Features(choice, "a function of one's own", load_function(choice, "--features"))
     else:
         raise InputError(f"--features {choice}: choose auto, inception, efficientnet-lite0, random or "
                          "module:function")
@@ -256,13 +348,13 @@ def load_features(choice: str, image_size: int, device: torch.device,
     return Features(name, preprocessing, network, getattr(network, "SHA256", ""), head)
 
 
-def load_function(choice: str) -> Callable[[Tensor], Tensor]:
+def load_function(choice: str, flag: str) -> Callable[[Tensor], Tensor]:
     module, _, function = choice.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"--features {choice}: {error}") from None
+        raise InputError(f"{flag} {choice}: {error}") from None
     finally:
         sys.path.pop(0)
 

@@ -276,6 +276,35 @@ def adaptive_weight(reference: Tensor, other: Tensor, eps: float = 1e-4, maximum
 
 
 # ------------------------------------------------------------------------------------------------------------
+# VA-VAE's alignment of the latent with a vision foundation model: with its features f themselves, after a
+# learned projection of z to their width, and with the similarities among them.  Both forgive up to a margin.
+
+
+def marginal_cosine(projected: Tensor, teacher: Tensor, margin: float = 0.5) -> Tensor:
+    """mean over positions of max(0, 1 - margin - cos(projected, teacher)): VA-VAE's L_mcos.
+
+    projected, teacher: [B, D, h, w].  Reduction: mean over B, h, w.  Returns: [] in [0, 2 - margin].
+    Minimum 0 where the cosine is at least 1 - margin.  Gradient: to both.  Batch statistics: none.
+    """
+    return F.relu(1 - margin - F.cosine_similarity(projected, teacher, dim=1)).mean()
+
+
+def marginal_distance_matrix(projected: Tensor, teacher: Tensor, margin: float = 0.25) -> Tensor:
+    """mean over pairs (i, j) of positions of max(0, |cos(z_i, z_j) - cos(f_i, f_j)| - margin): VA-VAE's
+    L_mdms.
+
+    projected z, teacher f: [B, D, h, w] (their widths may differ).  Reduction: mean over B and the (hw)^2
+    pairs.  Returns: [] in [0, 2 - margin].  Minimum 0 where both similarities agree up to the margin.
+    Gradient: to both.  Batch statistics: none.
+    """
+    def similarity(a: Tensor) -> Tensor:
+        unit = F.normalize(a.flatten(2), dim=1)                                                 # [B, D, N]
+        return unit.mT @ unit
+
+    return F.relu((similarity(projected) - similarity(teacher)).abs() - margin).mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The objective.
 
 
@@ -339,6 +368,16 @@ def time_shift(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Integrators from noise at t = 0 to data at t = 1, Eqs. 30 and 31.  They share their first five arguments:
+#     velocity_fn(x, t) -> v [B, *rest], t a Python float (no device synchronisation); x [B, *rest] the noise,
+#     kept in its own precision; steps; shift of `time_grid`; record(t, x_t, x_t + (1 - t) v), called at every
+#     time of the grid with the state and the data that one step to t = 1 would predict.
+
+Velocity = Callable[[Tensor, float], Tensor]
+Record = Callable[[float, Tensor, Tensor], None]
+
+
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """The steps + 1 times of an integration from 0 to 1: time_shift(k / steps), k = 0..steps, Eq. 31 at shift
     1.
@@ -351,16 +390,87 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
 
 
 @torch.no_grad()
-def euler(velocity_fn: Callable[[Tensor, float], Tensor], x: Tensor, steps: int,
-          shift: float = 1.0) -> Tensor:
+def euler(velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0,
+          record: Record | None = None) -> Tensor:
     """Integrate dx/dt = velocity_fn(x, t) from t = 0 to t = 1, Eqs. 30 and 31.
 
         x <- x + (t_{k+1} - t_k) velocity_fn(x, t_k),   exactly `steps` evaluations
 
-    x: [B, *rest], noise at t = 0; kept in its own precision, t is a Python float (no device synchronisation).
     Returns: [B, *rest] at t = 1.  Global error: O(1 / steps).
     """
     times = time_grid(steps, shift)
     for t, t_next in zip(times[:-1], times[1:]):
-        x = x + (t_next - t) * velocity_fn(x, t).to(x.dtype)
+        v = velocity_fn(x, t).to(x.dtype)
+        if record:
+            record(t, x, x + (1 - t) * v)
+        x = x + (t_next - t) * v
+    if record:
+        record(1.0, x, x)
+    return x
+
+
+@torch.no_grad()
+def heun(velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0,
+         record: Record | None = None) -> Tensor:
+    """As `euler`, with the velocity averaged over both ends of a step: second order.
+
+        x' = x + h v(x, t_k),   x <- x + h/2 (v(x, t_k) + v(x', t_{k+1})),   h = t_{k+1} - t_k
+
+    The last step is Euler's: it keeps the order, and t = 1, which training hardly sees, is never asked for.
+    Exactly 2 steps - 1 evaluations.  Returns: [B, *rest] at t = 1.  Global error: O(1 / steps^2).
+    """
+    times = time_grid(steps, shift)
+    for k, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        v = velocity_fn(x, t).to(x.dtype)
+        if record:
+            record(t, x, x + (1 - t) * v)
+        if k + 1 < steps:
+            v = (v + velocity_fn(x + (t_next - t) * v, t_next).to(x.dtype)) / 2
+        x = x + (t_next - t) * v
+    if record:
+        record(1.0, x, x)
+    return x
+
+
+def sde_grid(steps: int, shift: float, start: float, last: float) -> list[float]:
+    """`steps` times from `start` to 1 - `last`, equally spaced under the time shift, and 1.
+
+    Errors: ValueError for steps < 1, shift <= 0, or a `last` outside (0, 1 - start).
+    """
+    if steps < 1 or not 0 < last < 1 - start:
+        raise ValueError(f"an SDE needs a step, and a last one shorter than {1 - start:g}, not {steps}, {last}")
+    ends = time_shift(torch.tensor([start, 1 - last], dtype=torch.float64), 1 / shift).tolist()
+    return time_shift(torch.linspace(*ends, steps, dtype=torch.float64), shift).tolist() + [1.0]
+
+
+@torch.no_grad()
+def euler_maruyama(velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0,
+                   record: Record | None = None, *, noise_fn: Callable[[int], Tensor],
+                   diffusion: str = "sigma", last: float = 0.04) -> Tensor:
+    """Integrate SiT's SDE, which has the marginals of the ODE for every w_t >= 0, with t = 1 at the data.
+
+        dx = [v + w_t s] dt + sqrt(2 w_t) dW,   score s(x, t) = (t v - x) / (1 - t)
+
+    diffusion   "sigma": w_t = 1 - t, or "sbdm": w_t = (1 - t) / t, which starts at t = 0.01 instead of 0
+                (from SiT's 1e-5 the first step throws the state to |x| = 2000)
+    noise_fn    step k = 0 .. steps - 2 -> N(0, I) of x's shape
+    last        length of the last step, which follows the drift without noise: 0.04 in SiT, 0.004 in GAE.
+                It starts at the last time of the grid whatever the shift
+
+    Exactly `steps` evaluations.  Returns: [B, *rest] at t = 1.  Weak error: O(1 / steps + last).
+    Source: SiT (2401.08740) and its code.  Errors: ValueError, of `sde_grid` too.
+    """
+    if diffusion not in ("sigma", "sbdm"):
+        raise ValueError(f'diffusion is "sigma" or "sbdm", not "{diffusion}"')
+    times = sde_grid(steps, shift, 0.01 if diffusion == "sbdm" else 0.0, last)
+    for k, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        v, h = velocity_fn(x, t).to(x.dtype), t_next - t
+        if record:
+            record(t, x, x + (1 - t) * v)
+        rate = 1 / t if diffusion == "sbdm" else 1.0                        # w_t / (1 - t)
+        x = x + h * (v + rate * (t * v - x))
+        if k + 1 < steps:
+            x = x + math.sqrt(2 * rate * (1 - t) * h) * noise_fn(k).to(x)
+    if record:
+        record(1.0, x, x)
     return x

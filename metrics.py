@@ -3,6 +3,7 @@
     two images   psnr, ssim                                              (LPIPS: losses.load_lpips)
     two sets     frechet_distance, kernel_distance, manifold_metrics
     one set      inception_score
+    latents      latent_summary
 
 Formulas and conventions are those of the ADM evaluator (Dhariwal and Nichol 2021) unless a docstring says
 otherwise.  Images are uint8 [B, 3, H, W], features float [N, d].
@@ -11,11 +12,13 @@ otherwise.  Images are uint8 [B, 3, H, W], features float [N, d].
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from losses import LOGVAR_RANGE
 from runtime import Runtime, all_reduce_sum, gather_rows, generator
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,3 +215,33 @@ def manifold_metrics(real: Tensor, fake: Tensor, block: int = 4096) -> dict[str,
     shares = {"precision": precise, "recall": recalled, "coverage": covered}
     return {name: share.float().mean().item() for name, share in shares.items()} | {
         "density": inside / (5 * len(fake))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a latent looks like.  For KL and VE sigma is learned; for the others it is 0 or given, and only the
+# mean's spread is of interest.
+
+
+def latent_summary(mean: Tensor, logvar: Tensor, z: Tensor, learned: bool) -> dict[str, Any]:
+    """spread        deviation of the mean within each channel, over B and space: its average and, by channel,
+                  all of them
+    max_z         largest |z|, for lambda2
+    sigma2        arithmetic mean of sigma^2, with its geometric mean and its 1, 50 and 99 % quantiles
+    at_clamp      share of log sigma^2 on the border of its range, where it has no gradient
+    relative_noise  root of mean sigma^2 over the mean's variance, averaged over channels
+
+    mean, logvar, z: [B, C, *space].  learned: sigma is; otherwise the last three are left out.
+    """
+    spread = mean.transpose(0, 1).flatten(1).std(1)
+    out = {"spread": spread.mean().item(), "spread_by_channel": [round(s, 4) for s in spread.tolist()],
+           "max_z": z.abs().max().item()}
+    if learned:
+        var = logvar.exp()
+        levels = torch.tensor([0.01, 0.5, 0.99], device=var.device)
+        low, median, high = torch.quantile(var.flatten()[:1_000_000], levels).tolist()
+        ratio = var.transpose(0, 1).flatten(1).mean(1) / spread.square().clamp(min=1e-12)
+        border = (logvar <= LOGVAR_RANGE[0]) | (logvar >= LOGVAR_RANGE[1])
+        out |= {"sigma2": var.mean().item(), "sigma2_geometric": logvar.mean().exp().item(),
+                "sigma2_p01": low, "sigma2_p50": median, "sigma2_p99": high,
+                "at_clamp": border.float().mean().item(), "relative_noise": ratio.mean().sqrt().item()}
+    return out

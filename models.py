@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z [B, C, h, w] -> x_hat [B, 3, h*stride, w*stride].  Levels are stored full resolution first."""
+    """z [B, C, h, w] -> x_hat [B, 3, h*stride, w*stride].  Levels are stored full resolution first.
+
+    recompute = True keeps no activations inside the levels and computes them again in the backward pass.
+    """
 
     def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int,
                  attn_resolutions: tuple[int, ...], resolution: int, z_channels: int) -> None:
@@ -206,11 +210,12 @@ class Decoder(nn.Module):
             for i in range(len(width)))
         self.norm_out = group_norm(width[0])
         self.conv_out = nn.Conv2d(width[0], 3, 3, padding=1)
+        self.recompute = False
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            h = level(h)
+            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -437,15 +442,16 @@ class SwiGLU(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(h))), ratio 4."""
+    """fc2(gelu(fc1(h))), ratio 4.  approximate: "tanh" as in DiT, or "none"."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, approximate: str = "tanh") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+        return self.fc2(F.gelu(self.fc1(h), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -519,6 +525,7 @@ class VitTrunk(nn.Module):
         self.blocks = nn.Sequential(*(VitBlock(width, heads) for _ in range(depth)))
         self.norm = token_norm("vit", width)
         self.linear = nn.Linear(width, out, bias=False)
+        self.recompute = False   # as in Decoder
 
     def forward(self, h: Tensor) -> Tensor:
         B, C, H, W = h.shape
@@ -526,7 +533,9 @@ class VitTrunk(nn.Module):
             raise ValueError(f"an input of {H} x {W} does not fit this ViT tokenizer: its positions are "
                              f"learned for {self.side} x {self.side} only")
         h = self.embed(h).flatten(2).transpose(1, 2) + self.pos_embed
-        return self.linear(self.norm(self.blocks(h)))
+        for block in self.blocks:
+            h = checkpoint(block, h, use_reentrant=False) if self.recompute else block(h)
+        return self.linear(self.norm(h))
 
 
 class VitAutoencoder(Tokenizer):
@@ -591,6 +600,8 @@ class DiT(nn.Module):
     num_classes   labels are 0 .. num_classes - 1, and num_classes is the null label
     qk_norm       norm of queries and keys in each head
     learn_sigma   twice the output channels, the second half never used: the published SiT and DiT files
+
+    recompute = True keeps no activations inside the blocks and computes them again in the backward pass.
     """
 
     def __init__(self, family: str, depth: int, width: int, heads: int, input_size: int, patch: int,
@@ -614,6 +625,7 @@ class DiT(nn.Module):
         self.feat_rope = Rope(width // heads, grid) if family == "lightningdit" else nn.Identity()
         self.blocks = nn.ModuleList(Block(family, width, heads, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(family, width, patch * patch * self.out_channels)
+        self.recompute = False
         self.initialize()
 
     def initialize(self) -> None:
@@ -639,7 +651,10 @@ class DiT(nn.Module):
         h = self.x_embedder(x_t).flatten(2).transpose(1, 2) + self.pos_embed                    # [B, N, D]
         c = self.t_embedder(t) + self.y_embedder(y)                                             # [B, D]
         for block in self.blocks:
-            h = block(h, c, self.feat_rope)
+            if self.recompute:   # nothing random happens inside, so no generator states are kept either
+                h = checkpoint(block, h, c, self.feat_rope, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h, c, self.feat_rope)
         return unpatchify(self.final_layer(h, c), H // p, W // p, p)[:, :C].float()
 
 

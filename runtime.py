@@ -25,6 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+    set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,6 +106,17 @@ class Runtime:
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
                                                    broadcast_buffers=False)
 
+    def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Instead of `wrap`: FSDP2 in place.  Each process keeps 1 / world of every parameter, and gathers a
+        block's only while it computes with it; backward averages the gradients.
+
+        Everything is given back after forward, else an average's next forward would see its old weights.
+        """
+        if self.world > 1:
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for part in (*blocks, model):
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
 
 def start(device: str = "auto") -> Runtime:
     """Join the process group torchrun describes, or be a world of one.
@@ -146,9 +163,21 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all processes; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The inverse of `whole`: this process's part of a tensor that all hold, laid out as `other` is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+
+
 def sync_gradients(module: nn.Module, now: bool) -> AbstractContextManager:
     """Around forward and backward of one part of an accumulated batch: DDP averages gradients only if
-    `now`.
+    `now`.  (FSDP2 does so for every part: waiting would keep whole gradients on every process.)
     """
     ddp = isinstance(module, nn.parallel.DistributedDataParallel)
     return module.no_sync() if ddp and not now else nullcontext()
@@ -185,10 +214,11 @@ def gather_rows(tensor: Tensor, runtime: Runtime) -> Tensor:
 
 def check_same_on_all_ranks(model: nn.Module) -> None:
     """Raise RuntimeError if the processes' parameters have drifted apart (one float64 sum per tensor is
-    compared).
+    compared).  Sharded parameters exist once and cannot drift.
     """
-    if dist.is_initialized():
-        mine = torch.stack([p.detach().double().sum() for p in model.parameters()])
+    copies = [p.detach() for p in model.parameters() if not isinstance(p, DTensor)]
+    if dist.is_initialized() and copies:
+        mine = torch.stack([p.double().sum() for p in copies])
         first = mine.clone()
         dist.broadcast(first, 0)
         if not torch.equal(mine, first):
@@ -256,6 +286,25 @@ def load_file(path: str | Path, hint: str = "") -> dict[str, Any]:
         raise InputError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
 
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def training_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """{"model", "optimizer"}: whole tensors by parameter name, the same whether the run is sharded or not.
+
+    To be called by all processes of a sharded run, of which only rank 0 gets the tensors.
+    """
+    return {"model": get_model_state_dict(model, options=WHOLE),
+            "optimizer": get_optimizer_state_dict(model, optimizers, options=WHOLE)}
+
+
+def load_training_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
+                        state: dict[str, Any]) -> None:
+    """The inverse, in every process, from the same file."""
+    set_model_state_dict(model, state["model"], options=WHOLE)
+    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=WHOLE)
+
+
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -305,12 +354,14 @@ class Ema:
     parameters and buffers keep the model's own values.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, average: nn.Module | None = None) -> None:
+        """average: a copy of `model`, sharded as it is; made here if there is none."""
         self.decay, self.updates = decay, 0
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+        self.model = (average or copy.deepcopy(model)).eval()
         source, target = dict(model.named_parameters()), dict(self.model.named_parameters())
+        trainable = [n for n, p in source.items() if p.requires_grad]
         self.source, self.target = [source[n] for n in trainable], [target[n] for n in trainable]
+        self.model.requires_grad_(False)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -319,10 +370,10 @@ class Ema:
         torch._foreach_lerp_(self.target, self.source, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.model.state_dict()
+        return get_model_state_dict(self.model, options=WHOLE)
 
     def load_state_dict(self, state: dict[str, Any], updates: int) -> None:
-        self.model.load_state_dict(state)
+        set_model_state_dict(self.model, state, options=WHOLE)
         self.updates = updates
 
 
@@ -422,3 +473,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held so far, in GiB: allocated on the CUDA card, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:   # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -401,3 +401,22 @@ def test_adaptive_weight_is_the_clamped_ratio_of_norms_without_gradient():
     assert_close(weight, torch.tensor(5 / 2.0001))
     assert not weight.requires_grad
     assert losses.adaptive_weight(a, torch.zeros(2)) == 1e4
+
+
+def test_alignment_losses_against_double_loops():
+    z, f = randn(2, 4, 2, 3), randn(2, 4, 2, 3, seed=1)
+    cosines, distances = [], []
+
+    def cosine(p: Tensor, q: Tensor) -> float:
+        return float(p.double() @ q.double() / (p.double().norm() * q.double().norm()))
+
+    for b in range(2):
+        zs, fs = z[b].flatten(1).T, f[b].flatten(1).T
+        for i in range(6):
+            cosines.append(max(0.0, 1 - 0.5 - cosine(zs[i], fs[i])))
+            for j in range(6):
+                distances.append(max(0.0, abs(cosine(zs[i], zs[j]) - cosine(fs[i], fs[j])) - 0.25))
+    assert_close(losses.marginal_cosine(z, f, 0.5), torch.tensor(sum(cosines) / len(cosines)).float())
+    expected = torch.tensor(sum(distances) / len(distances)).float()
+    assert_close(losses.marginal_distance_matrix(z, f, 0.25), expected)
+    assert losses.marginal_cosine(f, 2 * f, 0.0) < 1e-6 and losses.marginal_distance_matrix(f, f, 0.0) < 1e-6

@@ -14,6 +14,8 @@ A run that was killed goes on from --out's checkpoint.pt when the command is rep
 
 import argparse
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import data
+import features
 import losses
 import metrics
 import models
@@ -32,15 +35,17 @@ from runtime import InputError, Runtime
 # ------------------------------------------------------------------------------------------------------------
 # Knobs.  A preset is a row of defaults; any flag overrides it.  The learning rate is the paper's 2.5e-5 at
 # batch 64 for the f16 tokenizers and is never scaled behind your back.  The discriminator's start counts
-# *batches*: VA-VAE's "5001" counts the steps of two optimisers.
+# *batches*: VA-VAE's "5001" counts the steps of two optimisers.  The alignment's weight and margins are those
+# of its third stage, which the paper "mainly" follows.
 
-PAPER = dict(size=256, batch=64, lr=2.5e-5, perceptual_weight=1.0, disc_weight=0.5)
+PAPER = dict(size=256, batch=64, lr=2.5e-5, perceptual_weight=1.0, disc_weight=0.5, align_weight=0.0)
+VAVAE = PAPER | dict(model="f16d32", align_weight=0.1)
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(model="vit-demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0,
-                 disc_weight=0),
+    "demo": dict(model="vit-demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0.0,
+                 disc_weight=0.0, align_weight=0.0),
     "ldm-f16d16": PAPER | dict(model="f16d16", steps=200_182),   # 10 epochs of ImageNet
-    "vavae-f16d32": PAPER | dict(model="f16d32", steps=320_292),   # 16 epochs
-    "vavae-f16d32-finetune": PAPER | dict(model="f16d32", steps=100_091, disc_start=0),   # 5 epochs
+    "vavae-f16d32": VAVAE | dict(steps=320_292),   # 16 epochs
+    "vavae-f16d32-finetune": VAVAE | dict(steps=100_091, disc_start=0, ve_warmup=1000),   # 5 epochs
 }
 FREE = {"steps", "log_every", "save_every", "image_every", "workers", "device", "out", "smoke", "eval_images"}
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, image_every=4, eval_images=8, stats_images=8,
@@ -51,11 +56,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, default="demo",
-                   help="defaults for model, size, batch, lr, steps (epochs of ImageNet), LPIPS and "
-                   "discriminator; VA-VAE's rows lack its alignment loss")
+                   help="defaults for model, size, batch, lr, steps (epochs of ImageNet), LPIPS, "
+                   "discriminator and alignment")
     p.add_argument("--data", default="shapes", help="'shapes', 'cifar10', or a folder of class folders")
     p.add_argument("--size", type=int, help="image side in pixels")
     p.add_argument("--model", choices=models.AUTOENCODERS, help="row of models.AUTOENCODERS")
+    p.add_argument("--latent-norm", action="store_true",
+                   help="ViT: divide the mean of each token by its RMS over the channels, as GAE does")
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="train nothing: write the run in --out as a VA-VAE checkpoint, for LightningDiT")
     p.add_argument("--out", type=Path, default=Path("runs/tokenizer"), help="folder of checkpoint and log")
@@ -78,12 +85,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--disc-adaptive", action=argparse.BooleanOptionalAction, default=True,
                    help="scale it to the reconstruction's gradient at the decoder's last layer; otherwise by "
                    "C*H*W, which makes 0.5 the constant weight of GAE")
+    g.add_argument("--align-weight", type=float, help="weight of VA-VAE's alignment to --teacher, relative "
+                   "to the reconstruction's gradient at the encoder's last layer; 0 needs no teacher")
+    g.add_argument("--align-margins", type=float, nargs=2, default=(0.25, 0.5), metavar=("MDMS", "MCOS"),
+                   help="what its distance-matrix and cosine losses forgive")
+    g.add_argument("--teacher", default="dinov2_vitl14", help="dinov2_vits14, _vitb14 or _vitl14, a file of "
+                   "their weights, or module:function: [B, 3, H, W] in [-1, 1] -> [B, D, h, w] as the latent")
+    g.add_argument("--teacher-normalize", action=argparse.BooleanOptionalAction, default=False,
+                   help="give DINOv2 ImageNet's mean and deviation, which VA-VAE's training left out")
     g.add_argument("--reduction", choices=["sum", "mean"], default="sum",
                    help="mean divides the whole objective by C*H*W: the same gradients, scaled")
     g = p.add_argument_group("optimisation (AdamW, betas 0.5 and 0.9, constant rate after a linear warm-up)")
     g.add_argument("--steps", type=int, help="optimiser steps in all")
     g.add_argument("--batch", type=int, help="images per step, over all processes")
-    g.add_argument("--lr", type=float, help="learning rate, used as it is")
+    g.add_argument("--lr", type=float, help="learning rate, used as it is unless --scale-lr")
+    g.add_argument("--scale-lr", action="store_true", help="multiply it by --batch over the preset's batch")
     g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW; the paper does not state it")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, of objective / (C*H*W)")
@@ -91,6 +107,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--init", type=Path, help="start from this checkpoint, ours or VA-VAE's or LDM's")
     g.add_argument("--init-sigma", type=float, help="with --init: set every posterior's sigma to this value")
     g.add_argument("--ve-warmup", type=int, default=0, help="steps over which lambda1 grows from 0")
+    g.add_argument("--recompute-decoder", action="store_true",
+                   help="keep no activations of the decoder's levels: less memory, a second forward")
+    g.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     g = runtime.add_running_flags(p, image_every=500)
     g.add_argument("--eval-images", type=int, default=256, help="held-out images for these metrics")
     g.add_argument("--stats-images", type=int, default=2000, help="images for the latent's mean and std")
@@ -118,6 +137,10 @@ class Objective(nn.Module):
                         "kl": args.kl_weight, "mean": args.mean_weight}
         # In a list, LPIPS is no submodule: it enters neither checkpoint, nor .train(), nor DDP.
         self.lpips = [losses.load_lpips().to(rt.device)] if args.perceptual_weight else []
+        self.teacher, self.margins = None, args.align_margins
+        if args.align_weight:
+            self.teacher, width = open_teacher(autoencoder, args, rt)
+            self.projection = nn.Conv2d(autoencoder.channels, width, 1, bias=False).to(rt.device)
 
     def forward(self, x: Tensor, eps: Tensor, scale: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         with self.autocast():
@@ -126,9 +149,9 @@ class Objective(nn.Module):
         with self.autocast():
             x_hat = self.autoencoder.decode(z)
         mean, logvar = losses.split_moments(moments)
-        terms = {"rec": losses.absolute_error(x_hat, x)}
-        if self.lpips:
-            terms["lpips"] = losses.perceptual_error(self.lpips[0], x_hat, x)
+        terms = self.reconstruction(x_hat, x)
+        if self.teacher:
+            terms["align"] = self.alignment(x, z)
         if self.loss == "ve":
             terms["var"] = losses.inverse_variance(logvar, self.delta)
             terms["reg"] = losses.exponential_magnitude(z, self.tau)
@@ -137,6 +160,35 @@ class Objective(nn.Module):
         elif self.loss == "sigma":
             terms["mean"] = losses.square_magnitude(mean)
         return terms, moments.detach(), x_hat
+
+    def reconstruction(self, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
+        terms = {"rec": losses.absolute_error(x_hat, x)}
+        if self.lpips:
+            terms["lpips"] = losses.perceptual_error(self.lpips[0], x_hat, x)
+        return terms
+
+    def alignment(self, x: Tensor, z: Tensor) -> Tensor:
+        """VA-VAE's L_mdms + L_mcos of the projected sample z, which the decoder takes unprojected."""
+        with torch.no_grad(), self.autocast():
+            target = self.teacher(x).float()
+        projected = self.projection(z)
+        return (losses.marginal_distance_matrix(projected, target, self.margins[0])
+                + losses.marginal_cosine(projected, target, self.margins[1]))
+
+
+def open_teacher(autoencoder: models.Tokenizer, args: argparse.Namespace,
+                 rt: Runtime) -> tuple[Callable[[Tensor], Tensor], int]:
+    """--teacher as a function (no submodule, like LPIPS), and the width of its features."""
+    side = args.size // autoencoder.stride
+    teacher = features.load_teacher(args.teacher, side, args.teacher_normalize)
+    if isinstance(teacher, nn.Module):
+        teacher = teacher.eval().requires_grad_(False).to(rt.device).__call__
+    with torch.no_grad():
+        shape = list(teacher(torch.zeros(1, 3, args.size, args.size, device=rt.device)).shape)
+    if len(shape) != 4 or shape[2:] != [side, side]:
+        raise InputError(f"--teacher {args.teacher} gives {shape} for one image: [1, D, {side}, {side}], the "
+                         "grid of the latent, is needed")
+    return teacher, shape[1]
 
 
 class Adversary:
@@ -170,16 +222,6 @@ class Adversary:
         with self.rt.autocast(self.args.precision):
             return losses.hinge_generator(self.net(x_hat).float())
 
-    def weight(self, reconstruction: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-        """--disc-weight times the ratio of the losses' gradients at the decoder's last layer, over all
-        ranks.
-        """
-        if not self.args.disc_adaptive:
-            return torch.full_like(adversarial, self.args.disc_weight * 3 * self.args.size ** 2)
-        gradients = [runtime.all_reduce_mean(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
-                     for loss in (reconstruction, adversarial)]
-        return self.args.disc_weight * losses.adaptive_weight(*gradients)
-
     def state(self) -> dict[str, Any]:
         return {"discriminator": self.net.state_dict(), "disc_optimizer": self.optimizer.state_dict()}
 
@@ -200,28 +242,45 @@ class Adversary:
         return dict(zip(("disc", "logits_real", "logits_fake"), torch.stack(rows).mean(0)))
 
 
+def balance(reference: Tensor, loss: Tensor, layer: nn.Parameter, scale: float, maximum: float) -> Tensor:
+    """scale times the ratio of both losses' gradients at `layer`, over all ranks: VQGAN's adaptive weight."""
+    gradients = [runtime.all_reduce_mean(torch.autograd.grad(a, layer, retain_graph=True)[0])
+                 for a in (reference, loss)]
+    return scale * losses.adaptive_weight(*gradients, maximum=maximum)
+
+
 def step_gradients(step_module: nn.Module, objective: Objective, adversary: Adversary | None,
                    parts: list[tuple[Tensor, ...]], step: int, factor: float,
                    args: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
-    """Gradients of one batch, added up over its parts.  Returns: terms averaged, moments, (x, x_hat) per
-    part.
+    """Gradients of one batch, added up over its parts.  Returns: terms averaged (and each once more as the
+    optimiser sees it, NAME_weighted), moments, (x, x_hat) per part.
     """
     rows, moments, pairs = [], [], []
     weights = objective.weights | {"var": args.lambda1 * min(1.0, (step + 1) / max(1, args.ve_warmup))}
+    autoencoder = objective.autoencoder
     for n, (x, eps, scale) in enumerate(parts):
         with runtime.sync_gradients(step_module, n + 1 == len(parts)):
             terms, m, x_hat = step_module(x, eps, scale)
-            total = losses.weighted_sum(terms, weights)
+            # The reference is the reconstruction alone: neither KL nor VE enters the adaptive weights.
+            reference = losses.weighted_sum({k: terms[k] for k in ("rec", "lpips") if k in terms}, weights)
+            adaptive = {}
+            if "align" in terms:
+                adaptive["align"] = (autoencoder.encoder_last_layer, args.align_weight, 1e8)
             if adversary is not None and step >= args.disc_start:
-                # The reference is the reconstruction alone: neither KL nor VE enters the adaptive weight.
-                nll = {k: terms[k] for k in ("rec", "lpips") if k in terms}
-                reference = losses.weighted_sum(nll, weights)
-                fooling = adversary.fool(x_hat)
-                weight = adversary.weight(reference, fooling, objective.autoencoder.last_layer)
-                total = total + weight * fooling
-                terms |= {"adv": fooling, "adv_weight": weight}
+                terms["adv"] = adversary.fool(x_hat)
+                weights["adv"] = torch.full_like(terms["adv"], args.disc_weight * x[0].numel())
+                if args.disc_adaptive:
+                    adaptive["adv"] = (autoencoder.last_layer, args.disc_weight, 1e4)
+            for name, (layer, base, maximum) in adaptive.items():
+                weights[name] = balance(reference, terms[name], layer, base, maximum)
+            total = losses.weighted_sum(terms, weights)
             (total * (factor / len(parts))).backward()
-        rows.append({k: v.detach() for k, v in terms.items()})
+        row = {k: v.detach() for k, v in terms.items()}
+        row |= {f"{k}_weighted": weights[k] * v for k, v in row.items()}
+        row |= {f"{k}_weight": weights[k] for k in ("align", "adv") if k in terms}
+        row |= {f"{k}_at_max": (weights[k] >= base * maximum).float()
+                for k, (_, base, maximum) in adaptive.items()}
+        rows.append(row)
         moments.append(m)
         pairs.append((x, x_hat.detach()))
     return {k: torch.stack([row[k] for row in rows]).mean() for k in rows[0]}, torch.cat(moments), pairs
@@ -234,56 +293,46 @@ def noise(rt: Runtime, args: argparse.Namespace, shape: tuple[int, ...], step: i
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What the latent looks like, and how well it decodes.  For KL and VE sigma is learned; for the others it is 0
-# or given, and only the mean's spread is of interest.
-
-
-def latent_summary(moments: Tensor, loss: str) -> dict[str, float]:
-    """sigma^2 (arithmetic and geometric mean, percentiles), spread of the mean per channel, their ratio, max
-    |mean|.
-
-    moments: [B, 2C, h, w].  noise_to_spread: root of mean sigma^2 over the mean's variance within each
-    channel.
-    """
-    mean, logvar = losses.split_moments(moments)
-    spread = mean.transpose(0, 1).flatten(1).std(1)
-    out = {"spread": spread.mean().item(), "max_mean": mean.abs().max().item()}
-    if loss in ("ve", "kl"):
-        var = logvar.exp()
-        tails = torch.tensor([0.01, 0.99], device=var.device)
-        low, high = torch.quantile(var.flatten()[:1_000_000], tails).tolist()
-        ratio = var.transpose(0, 1).flatten(1).mean(1) / spread.square().clamp(min=1e-12)
-        out |= {"sigma2": var.mean().item(), "sigma2_geometric": logvar.mean().exp().item(),
-                "sigma2_p01": low, "sigma2_p99": high, "noise_to_spread": ratio.mean().sqrt().item()}
-    return out
+# How well held-out images decode, and whether sigma is where Eq. 14 wants it.
 
 
 @torch.no_grad()
 def evaluate(objective: Objective, held_out: Tensor, args: argparse.Namespace, rt: Runtime) -> dict[str, Any]:
     """PSNR of held-out images through the posterior's mean and through a sample, the latent's summary, a
-    picture.
+    picture, and for VE the balance ratio
+
+        R = ( L_rec(sample) - L_rec(mean) ) / ( lambda1 sum 1 / (sigma^2 + delta) )
+
+    1 at the equilibrium of Eq. 14 where Eq. 8 holds; up to 2 where L_rec grows like sigma; far below 1 while
+    sigma is still growing.
     """
     objective.eval()
-    moments, from_mean, from_sample = [], [], []
+    moments, zs, decoded, error = [], [], [], torch.zeros(2)
     for i, x in enumerate(held_out.split(args.batch)):
         x = x.to(rt.device)
         with rt.autocast(args.precision):
             m = objective.autoencoder.encode(x)
-        mean, logvar = losses.split_moments(m)
         draws = runtime.generator(args.seed, "held-out", i, device=rt.device)
-        eps = torch.randn(mean.shape, generator=draws, device=rt.device)
+        eps = torch.randn(m[:, ::2].shape, generator=draws, device=rt.device)
         scale = torch.randn(len(x), generator=draws, device=rt.device)
         z = losses.sample_posterior(m, eps, scale, **objective.posterior)
         with rt.autocast(args.precision):
-            from_mean.append(objective.autoencoder.decode(mean).cpu())
-            from_sample.append(objective.autoencoder.decode(z).cpu())
+            pair = [objective.autoencoder.decode(latent) for latent in (losses.split_moments(m)[0], z)]
+        error += torch.stack([len(x) * losses.weighted_sum(objective.reconstruction(x_hat, x),
+                                                           objective.weights) for x_hat in pair]).cpu()
         moments.append(m.cpu())
+        zs.append(z.cpu())
+        decoded.append(torch.stack(pair).cpu())
     objective.train()
-    moments, from_mean, from_sample = torch.cat(moments), torch.cat(from_mean), torch.cat(from_sample)
-    return {"psnr_mean": metrics.psnr(data.to_uint8(from_mean), data.to_uint8(held_out)).mean().item(),
-            "psnr_sample": metrics.psnr(data.to_uint8(from_sample), data.to_uint8(held_out)).mean().item(),
-            **latent_summary(moments, args.loss),
-            "picture": picture(held_out, from_mean, from_sample, moments, args.loss)}
+    moments, z, (from_mean, from_sample) = torch.cat(moments), torch.cat(zs), torch.cat(decoded, 1)
+    mean, logvar = losses.split_moments(moments)
+    scores = {"psnr_mean": metrics.psnr(data.to_uint8(from_mean), data.to_uint8(held_out)).mean().item(),
+              "psnr_sample": metrics.psnr(data.to_uint8(from_sample), data.to_uint8(held_out)).mean().item()}
+    if args.loss == "ve" and args.lambda1:
+        cost = (error[1] - error[0]) / len(held_out)
+        scores["balance"] = (cost / (args.lambda1 * losses.inverse_variance(logvar, args.delta))).item()
+    return scores | metrics.latent_summary(mean, logvar, z, args.loss in ("ve", "kl")) | {
+        "picture": picture(held_out, from_mean, from_sample, moments, args.loss)}
 
 
 def picture(x: Tensor, from_mean: Tensor, from_sample: Tensor, moments: Tensor, loss: str,
@@ -352,17 +401,20 @@ def check(args: argparse.Namespace, autoencoder: models.Tokenizer, rt: Runtime) 
         raise InputError("--init-sigma takes a positive sigma, and needs --init")
     if args.init_sigma is not None and not isinstance(autoencoder, models.Autoencoder):
         raise InputError(f"--init-sigma is for convolutional tokenizers, --model {args.model} is none")
+    if args.latent_norm and "latent_norm" not in autoencoder.config:
+        raise InputError(f"--latent-norm is for ViT tokenizers, --model {args.model} is none")
     if args.delta <= 0:
         raise InputError(f"--delta must be positive, got {args.delta}")
 
 
-def initialise(autoencoder: models.Tokenizer, adversary: Adversary | None,
-               args: argparse.Namespace) -> None:
-    """--init: weights from a checkpoint, and its discriminator's where it holds one; --init-sigma on top.
+def initialise(objective: Objective, adversary: Adversary | None, args: argparse.Namespace) -> None:
+    """--init: weights from a checkpoint, with its discriminator and projection where it holds them;
+    --init-sigma on top.
 
     A beta-VAE's sigma^2 of 1e-8 would answer Eq. 9 with a gradient of 1e7 per element: set sigma, or ramp
     lambda1.
     """
+    autoencoder = objective.autoencoder
     with runtime.input_errors():
         source, state = models.load_autoencoder(args.init, autoencoder.config)
         autoencoder.load_state_dict(source.state_dict())
@@ -371,13 +423,16 @@ def initialise(autoencoder: models.Tokenizer, adversary: Adversary | None,
                                                if k.startswith(prefix)}
         if adversary is not None and found:
             models.load_strict(adversary.net, found, args.init)
+        projection = state.get("projection", published.get("linear_proj.weight"))
+        if objective.teacher and projection is not None:
+            models.load_strict(objective.projection, {"weight": projection}, args.init)
     if args.init_sigma is not None:
         with torch.no_grad():
             autoencoder.quant_conv.weight[autoencoder.channels:] = 0
             autoencoder.quant_conv.bias[autoencoder.channels:] = 2 * math.log(args.init_sigma)
 
 
-def resume(path: Path, autoencoder: models.Tokenizer, optimizer: torch.optim.Optimizer,
+def resume(path: Path, objective: Objective, optimizer: torch.optim.Optimizer,
            adversary: Adversary | None, args: argparse.Namespace) -> int:
     """Load the run in `path` if there is one.  Returns the number of steps already done."""
     if not path.exists():
@@ -385,7 +440,9 @@ def resume(path: Path, autoencoder: models.Tokenizer, optimizer: torch.optim.Opt
     with runtime.input_errors():
         state = models.read_kind(path, "tokenizer")
     runtime.check_config(state["config"], runtime.plain(args), FREE, path)
-    autoencoder.load_state_dict(state["model"])
+    objective.autoencoder.load_state_dict(state["model"])
+    if objective.teacher:
+        objective.projection.load_state_dict({"weight": state["projection"]})
     optimizer.load_state_dict(state["optimizer"])
     if adversary is not None:
         adversary.net.load_state_dict(state["discriminator"])
@@ -399,8 +456,10 @@ def export(args: argparse.Namespace) -> None:
         state = models.read_kind(args.out / "checkpoint.pt", "tokenizer")
     if state["model_config"].get("arch") == "vit":
         raise InputError(f"{args.out} holds a ViT tokenizer: VA-VAE's form is for convolutional ones")
-    discriminator = {f"loss.discriminator.{k}": v for k, v in state.get("discriminator", {}).items()}
-    runtime.save_atomic({"state_dict": dict(state["model"]) | discriminator}, args.export)
+    tensors = dict(state["model"])
+    tensors |= {f"loss.discriminator.{k}": v for k, v in state.get("discriminator", {}).items()}
+    tensors |= {"linear_proj.weight": state["projection"]} if "projection" in state else {}
+    runtime.save_atomic({"state_dict": tensors}, args.export)
     statistics = args.export.with_name("latents_stats.pt")
     runtime.save_atomic({k: state[f"latent_{k}"].view(1, -1, 1, 1) for k in ("mean", "std")}, statistics)
     print(f"wrote {args.export} and {statistics}")
@@ -415,29 +474,35 @@ def main(argv: list[str] | None = None) -> None:
     train_set = data.open_dataset(args.data, args.size, "train", args.seed)
     held_out_set = data.open_dataset(args.data, args.size, "val", args.seed)
     torch.manual_seed(args.seed)   # the same initial weights on every rank
-    autoencoder = models.build_autoencoder(models.AUTOENCODERS[args.model])
+    autoencoder = models.build_autoencoder(
+        models.AUTOENCODERS[args.model] | ({"latent_norm": True} if args.latent_norm else {}))
     autoencoder.to(rt.device, memory_format=torch.channels_last)   # convolutions: 15 % faster on a CPU
     check(args, autoencoder, rt)
+    autoencoder.decoder.recompute = args.recompute_decoder
+    if args.compile:
+        autoencoder.encoder.compile()
+        autoencoder.decoder.compile()
     with runtime.input_errors():
         objective = Objective(autoencoder, args, rt)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=args.lr, betas=(0.5, 0.9),
+    rate = args.lr * (args.batch / PRESETS[args.preset]["batch"] if args.scale_lr else 1)
+    parameters = list(objective.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.5, 0.9),
                                   weight_decay=args.weight_decay, fused=True)
     checkpoint = args.out / "checkpoint.pt"
     adversary = Adversary(args, rt) if args.disc_weight else None
     if args.init and not checkpoint.exists():
-        initialise(autoencoder, adversary, args)
-    done = resume(checkpoint, autoencoder, optimizer, adversary, args)
+        initialise(objective, adversary, args)
+    done = resume(checkpoint, objective, optimizer, adversary, args)
     if done >= args.steps:
         rt.print(f"{checkpoint} already has {done} steps; raise --steps to go on")
         return
     log = runtime.Log(args.out / "log.jsonl", runtime.plain(args), rt, done)
     count = sum(p.numel() for p in autoencoder.parameters())
     rt.print(f"{args.model}: {count / 1e6:.1f} M parameters, {args.loss} on {args.data} at {args.size} px, "
-             f"batch {args.batch}, lr {args.lr:g}, {rt.world} process(es) on {runtime.device_name(rt.device)}"
+             f"batch {args.batch}, lr {rate:g}, {rt.world} process(es) on {runtime.device_name(rt.device)}"
              + (f", resumed at step {done}" if done else ""))
 
     step_module = rt.wrap(objective)
-    parameters = list(autoencoder.parameters())
     values = 3 * args.size ** 2                                   # N_x: C*H*W of an image
     scale = 1 / values if args.reduction == "mean" else 1.0
     side = args.size // autoencoder.stride
@@ -446,15 +511,16 @@ def main(argv: list[str] | None = None) -> None:
     loader = data.batches(train_set, args.batch, args.seed, done, rt.rank, rt.world, args.workers,
                           device=rt.device)
     finite = runtime.FiniteCheck(rt.device)
-    skipped = 0
+    skipped, began = 0, time.monotonic()
     bar = tqdm(range(done, args.steps), "tokenizer", args.steps, initial=done, disable=not rt.is_main)
     for step in bar:
         batch = next(loader)
         skipped += runtime.report_skipped(batch["skipped"])
         x = batch["x"].contiguous(memory_format=torch.channels_last)
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+        lr = optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / max(1, args.warmup))
         optimizer.zero_grad(set_to_none=True)
-        parts = list(zip(*(a.chunk(args.accumulate) for a in (x, *noise(rt, args, shape, step)))))
+        eps, scales = noise(rt, args, shape, step)
+        parts = list(zip(*(a.chunk(args.accumulate) for a in (x, eps, scales))))
         terms, moments, pairs = step_gradients(step_module, objective, adversary, parts, step, scale, args)
         # --clip is stated per pixel value, so it means the same under both reductions.
         norm = nn.utils.clip_grad_norm_(parameters, args.clip * values * scale) / (values * scale)
@@ -467,8 +533,11 @@ def main(argv: list[str] | None = None) -> None:
         if (step + 1) % args.log_every == 0 or last:
             finite.flush()
             terms = runtime.mean_over_ranks(terms)
+            mean, logvar = losses.split_moments(moments)
+            z = losses.sample_posterior(moments, eps, scales, **objective.posterior)
             log.write(step=step + 1, **terms, grad_norm=norm, skipped=skipped, lr=lr,
-                      **latent_summary(moments, args.loss))
+                      seconds=time.monotonic() - began, memory_gib=runtime.peak_memory(rt.device),
+                      **metrics.latent_summary(mean, logvar, z, args.loss in ("ve", "kl")))
             bar.set_postfix(rec=f"{terms['rec'].item() / values:.4f}")
         if ((step + 1) % args.image_every == 0 or last) and rt.is_main:
             scores = evaluate(objective, held_out, args, rt)
@@ -484,9 +553,11 @@ def main(argv: list[str] | None = None) -> None:
                     "kind": "tokenizer", "config": runtime.plain(args), "model_config": autoencoder.config,
                     "step": step + 1, "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
                     "latent_mean": latent_mean, "latent_std": latent_std,
+                    **({"projection": objective.projection.weight.detach()} if objective.teacher else {}),
                     **(adversary.state() if adversary else {})}, checkpoint)
             runtime.barrier()
-    rt.print(f"wrote {checkpoint}; held out: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items())
+    rt.print(f"wrote {checkpoint}; held out: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()
+                                                                  if isinstance(v, float))
              if rt.is_main else "")
 
 
