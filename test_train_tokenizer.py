@@ -390,6 +390,7 @@ def test_ve_warmup_ramps_the_force():
     (["--accumulate", "3"], "--accumulate 3 does not divide the 4 images"),
     (["--disc-weight", "0.5", "--model", "demo", "--size", "16"], "too small for the discriminator"),
     (["--export", "x.pt"], "is not a file"),
+    (["--latent-norm", "--model", "demo"], "--latent-norm is for ViT tokenizers"),
     (["--model", "vit-demo", "--size", "64"], "--model vit-demo has learned positions for 32 pixels"),
 ])
 def test_more_bad_input(tmp_path, capsys, flags, message):
@@ -397,3 +398,143 @@ def test_more_bad_input(tmp_path, capsys, flags, message):
         train(tmp_path / "run", *flags)
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Alignment to a teacher, the balance ratio, and the optimiser's options.
+
+TEACHER = """
+import torch.nn.functional as F
+
+
+def pooled(x):                       # [B, 3, 32, 32] -> [B, 12, 8, 8]
+    return F.pixel_unshuffle(F.avg_pool2d(x, 2), 2)
+
+
+def coarse(x):
+    return F.avg_pool2d(x, 8)
+"""
+
+
+@pytest.fixture
+def aligned(tmp_path, monkeypatch) -> list[str]:
+    """Flags for a small teacher in a file of one's own."""
+    (tmp_path / "my_teacher.py").write_text(TEACHER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_teacher", raising=False)
+    return ["--align-weight", "0.1", "--teacher", "my_teacher:pooled"]
+
+
+def test_alignment_resumes_exports_and_starts_again(aligned, tmp_path):
+    whole = train(tmp_path / "whole", *aligned, *CONV)
+    train(tmp_path / "parts", *aligned, *CONV, "--steps", "2")
+    parts = train(tmp_path / "parts", *aligned, *CONV)
+    for key in ("model", "projection", "optimizer"):
+        assert_same(whole[key], parts[key])
+    line = read_log(tmp_path / "whole")[1]
+    assert 0 < line["align"] < 4 and line["align_at_max"] == 0
+    assert_close(line["align_weighted"], line["align"] * line["align_weight"])
+    train_tokenizer.main(["--out", str(tmp_path / "whole"), "--export", str(tmp_path / "published.pt")])
+    flags = [*aligned, *CONV, "--init", str(tmp_path / "published.pt"), "--lr", "0"]
+    assert_same(train(tmp_path / "again", *flags)["projection"], whole["projection"])
+
+
+def test_alignment_weight_and_gradient_against_explicit_ones(aligned):
+    """Gradient of the whole = gradient without alignment + weight * gradient of the alignment."""
+    args, objective, _, batch = adversarial_parts(align_weight=0.1, teacher="my_teacher:pooled")
+    layer, projection = objective.autoencoder.encoder_last_layer, objective.projection.weight
+    terms, *_ = train_tokenizer.step_gradients(objective, objective, None, [batch], 2, 1.0, args)
+    whole, at_projection = layer.grad.clone(), projection.grad.clone()
+    values, *_ = objective(*batch)
+    rec, align = (torch.autograd.grad(values[k], layer, retain_graph=True)[0] for k in ("rec", "align"))
+    assert_close(terms["align_weight"], 0.1 * rec.norm() / (align.norm() + 1e-4), rtol=1e-4, atol=0)
+    direct = torch.autograd.grad(values["align"], projection, retain_graph=True)[0]
+    assert_close(at_projection, terms["align_weight"] * direct, rtol=1e-3, atol=1e-4)
+    other = torch.autograd.grad(values["rec"] + 0.1 * values["var"] + 1e-6 * values["reg"], layer)[0]
+    assert_close(whole, other + terms["align_weight"] * align, rtol=1e-3, atol=1e-2)
+
+
+def test_a_teacher_of_another_grid_or_without_weights_is_refused(aligned, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    for teacher, message in (("my_teacher:coarse", "[1, 3, 4, 4] for one image: [1, D, 8, 8]"),
+                             ("dinov2_vitl14", "needs dinov2_vitl14_pretrain.pth (no network)"),
+                             ("no/such/file.pth", "no/such/file.pth is not a file")):
+        with pytest.raises(SystemExit) as stop:
+            train(tmp_path / "run", *aligned, "--teacher", teacher)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_at_its_maximum_is_reported():
+    args, objective, adversary, batch = adversarial_parts()
+    for silent in (False, True):
+        if silent:
+            adversary.fool = lambda x_hat: 0 * x_hat.sum()   # no gradient: the ratio is |reference| / 1e-4
+        terms, *_ = train_tokenizer.step_gradients(objective, objective, adversary, [batch], 2, 1.0, args)
+        assert terms["adv_at_max"] == float(silent)
+    assert_close(terms["adv_weight"], torch.tensor(0.5e4))
+
+
+def test_terms_are_logged_as_they_are_and_as_they_count(tmp_path):
+    train(tmp_path, "--lambda1", "0.2", "--ve-warmup", "4")
+    first = read_log(tmp_path)[1]
+    assert_close(first["var_weighted"], 0.2 / 4 * first["var"])
+    assert first["rec_weighted"] == first["rec"]
+    assert first["seconds"] > 0 and 0.01 < first["memory_gib"] < 100
+
+
+def test_balance_ratio_of_a_decoder_that_copies():
+    """x_hat = z and x = mean: L_rec(mean) = 0, L_rec(sample) = sum |sigma eps|, over 0.1 sum 1 / sigma^2."""
+    args, objective, *_ = adversarial_parts()
+    sigma = 0.5
+
+    class Copy(torch.nn.Module):
+        def encode(self, x):
+            return torch.cat([x, torch.full_like(x, 2 * torch.tensor(sigma).log())], 1)
+
+        def decode(self, z):
+            return z
+
+    objective.autoencoder = Copy()
+    x = torch.rand(4, 3, 8, 8) * 2 - 1
+    scores = train_tokenizer.evaluate(objective, x, args, runtime.Runtime(torch.device("cpu")))
+    eps = torch.randn(x.shape, generator=runtime.generator(0, "held-out", 0))
+    expected = sigma * eps.abs().sum() / 4 / (0.1 * 3 * 8 * 8 / (sigma ** 2 + 1e-6))
+    assert_close(torch.tensor(scores["balance"]), expected)
+    assert scores["psnr_mean"] > 99 > 30 > scores["psnr_sample"]
+
+
+@pytest.mark.parametrize("model", ["demo", "vit-demo"])
+def test_a_recomputed_decoder_has_the_same_gradients(model):
+    args, _, _, batch = adversarial_parts()
+    torch.manual_seed(0)
+    autoencoder = models.build_autoencoder(models.AUTOENCODERS[model])
+    objective = train_tokenizer.Objective(autoencoder, args, runtime.Runtime(torch.device("cpu")))
+    gradients = []
+    for recompute in (False, True):
+        calls = []
+        hook = next(m for m in autoencoder.decoder.modules() if isinstance(m, models.Level | models.VitBlock)
+                    ).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        autoencoder.decoder.recompute = recompute
+        objective.zero_grad(set_to_none=True)
+        train_tokenizer.step_gradients(objective, objective, None, [batch], 2, 1.0, args)
+        gradients.append([p.grad.clone() for p in objective.parameters()])
+        hook.remove()
+        assert len(calls) == 1 + recompute
+    for plain, again in zip(*gradients):
+        assert_close(plain, again)
+
+
+def test_the_rate_is_scaled_only_when_asked(tmp_path):
+    """The demo's 1e-3 is for a batch of 32; the smoke run has 4."""
+    for name, flags, rate in (("a", [], 1e-3), ("b", ["--scale-lr"], 1e-3 / 8)):
+        train(tmp_path / name, *flags)
+        assert_close(read_log(tmp_path / name)[-2]["lr"], rate)
+
+
+def test_latent_norm_gives_every_token_a_mean_of_unit_rms(tmp_path):
+    train(tmp_path, "--latent-norm")
+    autoencoder, _ = models.load_autoencoder(tmp_path / "checkpoint.pt")
+    mean, _ = losses.split_moments(autoencoder.encode(torch.rand(2, 3, 32, 32)))
+    assert_close(mean.square().mean(1), torch.ones(2, 8, 8), rtol=1e-3, atol=0)

@@ -401,8 +401,6 @@ def check(args: argparse.Namespace, autoencoder: models.Tokenizer, rt: Runtime) 
         raise InputError("--init-sigma takes a positive sigma, and needs --init")
     if args.init_sigma is not None and not isinstance(autoencoder, models.Autoencoder):
         raise InputError(f"--init-sigma is for convolutional tokenizers, --model {args.model} is none")
-    if args.latent_norm and "latent_norm" not in autoencoder.config:
-        raise InputError(f"--latent-norm is for ViT tokenizers, --model {args.model} is none")
     if args.delta <= 0:
         raise InputError(f"--delta must be positive, got {args.delta}")
 
@@ -474,8 +472,10 @@ def main(argv: list[str] | None = None) -> None:
     train_set = data.open_dataset(args.data, args.size, "train", args.seed)
     held_out_set = data.open_dataset(args.data, args.size, "val", args.seed)
     torch.manual_seed(args.seed)   # the same initial weights on every rank
-    autoencoder = models.build_autoencoder(
-        models.AUTOENCODERS[args.model] | ({"latent_norm": True} if args.latent_norm else {}))
+    config = models.AUTOENCODERS[args.model]
+    if args.latent_norm and "latent_norm" not in config:
+        raise InputError(f"--latent-norm is for ViT tokenizers, --model {args.model} is none")
+    autoencoder = models.build_autoencoder(config | ({"latent_norm": True} if args.latent_norm else {}))
     autoencoder.to(rt.device, memory_format=torch.channels_last)   # convolutions: 15 % faster on a CPU
     check(args, autoencoder, rt)
     autoencoder.decoder.recompute = args.recompute_decoder
