@@ -438,7 +438,9 @@ def sde_grid(steps: int, shift: float, start: float, last: float) -> list[float]
     Errors: ValueError for steps < 1, shift <= 0, or a `last` outside (0, 1 - start).
     """
     if steps < 1 or not 0 < last < 1 - start:
-        raise ValueError(f"an SDE needs a step, and a last one shorter than {1 - start:g}, not {steps}, {last}")
+        raise ValueError(f"an SDE needs a step, its last one below {1 - start:g}, not {steps} and {last}")
+    if shift <= 0:
+        raise ValueError(f"the time shift must be positive, got {shift}")
     ends = time_shift(torch.tensor([start, 1 - last], dtype=torch.float64), 1 / shift).tolist()
     return time_shift(torch.linspace(*ends, steps, dtype=torch.float64), shift).tolist() + [1.0]
 
@@ -457,7 +459,7 @@ def euler_maruyama(velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 
     last        length of the last step, which follows the drift without noise: 0.04 in SiT, 0.004 in GAE.
                 It starts at the last time of the grid whatever the shift
 
-    Exactly `steps` evaluations.  Returns: [B, *rest] at t = 1.  Weak error: O(1 / steps + last).
+    Exactly `steps` evaluations.  Returns: [B, *rest] at t = 1.  Weak error: O(1 / steps + last^2).
     Source: SiT (2401.08740) and its code.  Errors: ValueError, of `sde_grid` too.
     """
     if diffusion not in ("sigma", "sbdm"):

@@ -420,3 +420,127 @@ def test_alignment_losses_against_double_loops():
     expected = torch.tensor(sum(distances) / len(distances)).float()
     assert_close(losses.marginal_distance_matrix(z, f, 0.25), expected)
     assert losses.marginal_cosine(f, 2 * f, 0.0) < 1e-6 and losses.marginal_distance_matrix(f, f, 0.0) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Heun and Euler-Maruyama, on the analytic Gaussian of `gaussian_velocity`.
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.3])
+def test_heun_transports_an_analytic_gaussian_with_second_order(shift):
+    """The exact flow maps eps to mean + std eps; the error must fall fourfold when the steps double."""
+    eps, mean, std = randn(1000, 2).double(), 3.0, 0.5
+    exact = mean + std * eps
+    errors = [(losses.heun(gaussian_velocity(mean, std), eps, n, shift) - exact).abs().max().item()
+              for n in (50, 100, 200)]
+    assert errors[2] < 2e-3
+    assert 3.4 < errors[0] / errors[1] < 4.6 and 3.4 < errors[1] / errors[2] < 4.6
+
+
+def moments_of_the_sde(steps: int, mean: float, std: float, **options) -> tuple[float, float]:
+    """Exact mean and variance of what euler_maruyama makes of N(0, 1) noises, without a single draw.
+
+    With a Gaussian's velocity the result is affine in its `steps` independent noises (the start and one for
+    every step but the last).  Row 0 has none of them: the mean.  Row j has a unit in one: its weight.
+    """
+    units = torch.cat([torch.zeros(1, steps), torch.eye(steps)]).double()
+    end = losses.euler_maruyama(gaussian_velocity(mean, std), units[:, :1], steps,
+                                noise_fn=lambda k: units[:, k + 1:k + 2], **options)[:, 0]
+    return end[0].item(), (end[1:] - end[0]).square().sum().item()
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.3])
+def test_the_sde_ends_in_the_data_with_weak_order_one(shift):
+    """The mean is exact (every step keeps m_t = t m); the variance's error halves when the steps double."""
+    errors = []
+    for n in (200, 400, 800):
+        m, variance = moments_of_the_sde(n, 3.0, 0.5, shift=shift, last=1 / n)
+        assert_close(m, 3.0)
+        errors.append(abs(variance - 0.25))
+    assert errors[2] < 1e-3
+    assert 1.7 < errors[0] / errors[1] < 2.3 and 1.7 < errors[1] / errors[2] < 2.3
+
+
+def test_the_other_diffusion_ends_in_the_data_too():
+    """1e-4 of the mean comes from starting at t = 0.01 in N(0, 1) instead of N(0.01 m, ...)."""
+    m, variance = moments_of_the_sde(800, 3.0, 0.5, diffusion="sbdm", last=1 / 800)
+    assert_close(torch.tensor([m, variance]), torch.tensor([3.0, 0.25]), rtol=0, atol=2e-4)
+
+
+def test_what_the_last_step_leaves_out_is_of_second_order():
+    """At 3200 steps the variance lacks what a last step without noise loses: a quarter for half of it."""
+    lost = [0.25 - moments_of_the_sde(3200, 3.0, 0.5, last=last)[1] for last in (0.08, 0.04)]
+    assert 0.004 < lost[1] < 0.006 and 3.4 < lost[0] / lost[1] < 4.6
+
+
+def test_the_sde_takes_its_last_step_from_the_last_time_of_the_grid():
+    """At any shift the last time is 1 - last: GAE's code assumes it and is wrong at a shift."""
+    for shift in (1.0, 0.4):
+        times = losses.sde_grid(10, shift, 0.0, 0.04)
+        assert len(times) == 11 and times[0] == 0 and times[-1] == 1
+        assert_close(times[-2], 0.96)
+        assert all(a < b for a, b in zip(times, times[1:]))
+    assert_close(losses.sde_grid(5, 1.0, 0.0, 0.2), [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert_close(losses.sde_grid(5, 0.3, 0.01, 0.2)[0], 0.01)
+
+
+def test_the_sde_by_hand():
+    """v = 1 from x = 0 on the times t_0, 0.6, 1 (last = 0.4) with noise 2.
+
+        sigma, t_0 = 0:    w = 1 and drift v + t v - x = 1, so x = 0.6 + sqrt(2 * 1 * 0.6) * 2
+        then at 0.6:       x + 0.4 * (1 + 0.6 - x)
+        sbdm, t_0 = 0.01:  w = 99 and drift 1 + 99 * 0.01 / 0.99 = 2: x = 0.59 * 2 + sqrt(2 * 99 * 0.59) * 2
+        then at 0.6:       x + 0.4 * (1 + (0.6 - x) / 0.6)
+    """
+    def sde(diffusion: str) -> Tensor:
+        return losses.euler_maruyama(lambda x, t: torch.ones_like(x), torch.zeros(1), 2, last=0.4,
+                                     diffusion=diffusion, noise_fn=lambda k: torch.full((1,), 2.0))
+
+    x = 0.6 + 2 * 1.2 ** 0.5
+    assert_close(sde("sigma"), torch.tensor([x + 0.4 * (1.6 - x)]))
+    x = 0.59 * 2 + 2 * (2 * 99 * 0.59) ** 0.5
+    assert_close(sde("sbdm"), torch.tensor([x + 0.4 * (1 + (0.6 - x) / 0.6)]))
+
+
+@pytest.mark.parametrize("integrator, evaluations", [(losses.euler, 20), (losses.heun, 39),
+                                                     (losses.euler_maruyama, 20)])
+def test_evaluations_and_record_of_every_integrator(integrator, evaluations):
+    """`record` sees every time of the grid with the state there and the prediction x + (1 - t) v."""
+    calls, seen = [], []
+
+    def field(x: Tensor, t: float) -> Tensor:
+        calls.append(t)
+        return torch.full_like(x, 2.0)
+
+    options = {"noise_fn": lambda k: torch.ones(3)} if integrator is losses.euler_maruyama else {}
+    end = integrator(field, torch.zeros(3), 20, 0.5, lambda *a: seen.append(a), **options)
+    assert len(calls) == evaluations and max(calls) < 1
+    times = [t for t, _, _ in seen]
+    assert len(times) == 21 and times == sorted(times) and times[-1] == 1
+    assert torch.equal(seen[0][1], torch.zeros(3)) and torch.equal(seen[-1][1], end)
+    for t, x, predicted in seen:
+        assert_close(predicted, x + (1 - t) * 2)
+    without = integrator(field, torch.zeros(3), 20, 0.5, **options)
+    assert torch.equal(without, end)
+
+
+def test_integrators_keep_the_precision_of_the_state():
+    def field(x: Tensor, t: float) -> Tensor:
+        assert x.dtype == torch.float32
+        return x.bfloat16()
+
+    for end in (losses.euler(field, torch.ones(2), 4), losses.heun(field, torch.ones(2), 4),
+                losses.euler_maruyama(field, torch.ones(2), 4, noise_fn=lambda k: torch.ones(2).double())):
+        assert end.dtype == torch.float32
+
+
+def test_integrators_refuse_what_they_cannot_integrate():
+    def sde(**options):
+        return losses.euler_maruyama(lambda x, t: x, torch.ones(1), options.pop("steps", 4),
+                                     noise_fn=lambda k: torch.zeros(1), **options)
+
+    for options in (dict(steps=0), dict(last=0.0), dict(last=1.0), dict(diffusion="none"), dict(shift=0.0)):
+        with pytest.raises(ValueError):
+            sde(**options)
+    with pytest.raises(ValueError):
+        losses.heun(lambda x, t: x, torch.ones(1), 0)
