@@ -1,4 +1,4 @@
-"""Images in, batches out: procedural shapes, CIFAR-10, or a directory of class folders.
+"""Images and cached latents in, batches out: procedural shapes, CIFAR-10, or a directory of class folders.
 
 The order of an epoch, the crops and the flips are pure functions of (seed, position): a run sees the same
 images whatever the number of processes and workers, and resumed at step k it continues exactly.  Images are
@@ -7,14 +7,26 @@ uint8 in storage and in transit; `x` is float32 in [-1, 1].
     dataset = open_dataset("shapes", size=32, split="train")
     for batch in batches(dataset, batch=64): batch["x"], batch["y"]         # endless, shuffled, augmented
     for batch in once(dataset, batch=64): ...                               # every image once, centre crop
+
+The diffusion transformer trains on latents, which a frozen tokenizer has encoded once and for all:
+
+    latents = cache_latents("runs/latents", dataset, encode, {"tokenizer": sha256}, batch=64)
+    for batch in latent_batches(latents, batch=64, seed=0): batch["mean"], batch["std"], batch["y"]
 """
 
+import hashlib
+import io
 import itertools
+import json
+import math
 import os
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +34,7 @@ import torchvision
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from runtime import InputError
 
@@ -409,8 +422,7 @@ def batches(dataset: Dataset, batch: int, seed: int = 0, start: int = 0, rank: i
     the centre crop.  An unreadable file is named in "skipped"; the next readable image takes its place.
     Raises: InputError.
     """
-    if batch <= 0 or batch % world:
-        raise InputError(f"batch size {batch} must be a positive multiple of the {world} processes")
+    check_batch(batch, world)
     plan = training_plan(len(dataset), batch, seed, start, rank, world)
     return load(Reader(dataset, seed, augment, refill=True), plan, workers, device)
 
@@ -428,6 +440,11 @@ def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1, workers: i
     mine = (np.arange(count) * len(dataset) // count)[rank::world]
     plan = ((mine[i:i + batch], mine[i:i + batch]) for i in range(0, len(mine), batch))
     return without_empty(load(Reader(dataset, 0, augment=False, refill=False), plan, workers, device))
+
+
+def check_batch(batch: int, world: int) -> None:
+    if batch <= 0 or batch % world:
+        raise InputError(f"batch size {batch} must be a positive multiple of the {world} processes")
 
 
 def training_plan(n: int, batch: int, seed: int, start: int, rank: int, world: int
@@ -498,3 +515,314 @@ def without_empty(parts: Iterator[Batch]) -> Iterator[Batch]:
             held = {**(part if len(part["y"]) else held), "skipped": held["skipped"] + part["skipped"]}
     if held is not None:
         yield held
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Latents.  A frozen tokenizer's answer to an image never changes, so the diffusion transformer reads it from
+# disk: the posterior's mean and deviation (every visit draws a fresh z) of each image and of its mirror
+# image, which is not the mirrored latent.
+
+# NumPy's and PyTorch's type of what a cache and a safetensors file store; NumPy sees bfloat16 as int16.
+STORED = {"fp16": (np.float16, torch.float16), "bf16": (np.int16, torch.bfloat16),
+          "F16": (np.float16, torch.float16), "BF16": (np.int16, torch.bfloat16),
+          "F32": (np.float32, torch.float32), "I32": (np.int32, torch.int32), "I64": (np.int64, torch.int64)}
+CHUNK = 512                                     # images that are encoded, written and marked as done together
+
+
+class LatentSet:
+    """Posterior means and deviations of every image and its mirror image, memory-mapped.
+
+    len(): images.  shape: (C, h, w).  skipped: names of the unreadable images that were left out.
+    parts: pairs of arrays [n, 1 or 2, C, h, w], of images and of mirror images: mean and deviation, or one
+    draw.  labels: of each row of all parts, -1 where it is left out.  dtype: of the numbers in them.
+    sums: see `channel_sums`; None: to be computed.  given: statistics that came with the latents.
+    """
+
+    def __init__(self, parts: list[tuple[ndarray, ndarray]], labels: ndarray, classes: list[str],
+                 dtype: torch.dtype, skipped: list[str], sums: ndarray | None = None,
+                 given: tuple[Tensor, Tensor] | None = None) -> None:
+        self.parts, self.labels, self.classes, self.dtype = parts, labels, classes, dtype
+        self.skipped, self.sums, self.given = skipped, sums, given
+        self.starts = np.cumsum([0] + [len(plain) for plain, _ in parts[:-1]])
+        self.rows = np.flatnonzero(labels >= 0)
+        self.shape = tuple(parts[0][0].shape[2:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def statistics(self, latent: str) -> tuple[Tensor, Tensor]:
+        """Mean [C] and standard deviation [C] over all images, mirror images and positions, fp32.
+
+        latent: "mean", or "sample" for z = mean + std * eps, of variance Var[mean] + E[std^2].
+        """
+        if self.given:
+            return self.given
+        if self.sums is None:
+            views = tqdm([view for part in self.parts for view in part], desc="statistics",
+                         disable=os.environ.get("RANK", "0") != "0")
+            self.sums = sum(channel_sums(torch.from_numpy(view[i:i + CHUNK].copy()).view(self.dtype))
+                            for view in views for i in range(0, len(view), CHUNK))
+        count, first, second, noise = torch.tensor(self.sums)
+        variance = second / count - (first / count) ** 2 + (noise / count if latent == "sample" else 0)
+        return (first / count).float(), variance.clamp(min=0).sqrt().float()
+
+    def read(self, rows: ndarray, flipped: ndarray, pin: bool) -> Tensor:
+        """Mean and, where there is one, deviation, as stored: [b, 1 or 2, C, h, w].  pin: for a CUDA copy."""
+        raw = torch.empty(len(rows), *self.parts[0][0].shape[1:], dtype=self.dtype, pin_memory=pin)
+        slots = (raw.view(torch.int16) if self.dtype == torch.bfloat16 else raw).numpy()
+        part = np.searchsorted(self.starts, rows, "right") - 1
+        for slot, p, flip, row in zip(slots, part, flipped, rows - self.starts[part], strict=True):
+            slot[...] = self.parts[p][int(flip)][row]
+        return raw
+
+
+def channel_sums(latents: Tensor) -> ndarray:
+    """How many numbers, and the sums of mean, mean^2 and std^2.  [..., 1 or 2, C, h, w] -> float64 [4, C]."""
+    values = latents.double().flatten(0, -5)
+    mean, variance = values[:, 0], values[:, 1:].square()
+    first, second = mean.sum((0, 2, 3)), mean.square().sum((0, 2, 3))
+    count = torch.full_like(first, mean[:, 0].numel())
+    return torch.stack([count, first, second, variance.sum((0, 1, 3, 4))]).numpy()
+
+
+def latent_batches(latents: LatentSet, batch: int, seed: int, start: int = 0, rank: int = 0, world: int = 1,
+                   device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
+    """Endless training batches, in the order and with the flips of `batches`; threads read four ahead.
+
+    Yields {"mean", "std": float32 [batch / world, C, h, w], "y": int64} on `device`, {"index": int64 (of the
+    image in its data set), "flipped": bool} on the CPU.  std is 0 where there is none.  Raises: InputError.
+    """
+    check_batch(batch, world)
+    pin = torch.device(device).type == "cuda"
+    plan = training_plan(len(latents), batch, seed, start, rank, world)
+
+    def read(entry: tuple[ndarray, ndarray]) -> tuple[Tensor, ...]:
+        rows, flipped = latents.rows[entry[0]], uniform(seed, 2, entry[1], 3)[:, 2] < 0.5
+        y = torch.from_numpy(latents.labels[rows])
+        return (latents.read(rows, flipped, pin), y.pin_memory() if pin else y, torch.from_numpy(rows),
+                torch.from_numpy(flipped))
+
+    def generate() -> Iterator[dict[str, Tensor]]:
+        with ThreadPoolExecutor(4) as pool:
+            ahead = deque(pool.submit(read, entry) for entry in itertools.islice(plan, 4))
+            while True:
+                raw, y, index, flipped = ahead.popleft().result()
+                ahead.append(pool.submit(read, next(plan)))
+                z = raw.to(device, non_blocking=True).float()
+                yield {"mean": z[:, 0], "std": z[:, 1] if z.shape[1] == 2 else torch.zeros_like(z[:, 0]),
+                       "y": y.to(device, non_blocking=True), "index": index, "flipped": flipped}
+
+    return generate()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing the cache.  Its name is a hash of everything it depends on, so a wrong one is never found.  It is
+# latents.npy [image, mirror image?, mean or std, C, h, w], labels.npy and, written last, cache.json.  Until
+# then chunks/ says which chunks have reached the disk, so that a killed run goes on with any number of ranks.
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of what the images are, wherever they lie; no file of a folder is opened.
+
+    Shapes: size, split, length, seed.  CIFAR-10: size, pixels, labels.  A folder: size, classes, and names
+    in the folder, sizes and times of modification of its files.
+    """
+    facts = (dataset.size, dataset.split, len(dataset), dataset.classes, getattr(dataset, "seed", None))
+    digest = hashlib.sha256(repr(facts).encode())
+    if isinstance(dataset, Cifar10):
+        digest.update(dataset.pixels.tobytes() + dataset.targets.tobytes())
+    for index, file in enumerate(dataset.files if isinstance(dataset, Folder) else []):
+        try:
+            status = os.stat(dataset.name_of(index))
+            digest.update(b"%b\0%d\0%d\0" % (file, status.st_size, status.st_mtime_ns))
+        except OSError:                         # a link to nowhere is one more unreadable image
+            digest.update(b"%b\0\0\0" % file)
+    return digest.hexdigest()
+
+
+def cache_latents(folder: str | Path, dataset: Dataset, encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+                  key: dict[str, str], batch: int, rank: int = 0, world: int = 1, workers: int = 0,
+                  device: torch.device | str = "cpu", barrier: Callable[[], None] = lambda: None,
+                  dtype: str = "fp16") -> LatentSet:
+    """The latents of every image of `dataset`; what `folder` does not hold yet is encoded first.
+
+    encode: x [b, 3, H, W] in [-1, 1] on `device` -> mean, std [b, C, h, w].  It gets the centre crops and
+    their mirror images, `batch` at a time.  key: what the latents depend on besides the data, as
+    {"tokenizer": its hash}.  A folder holds one cache per split: one with another key is removed, with a
+    line on stderr, when its successor begins.  All ranks call this; barrier waits for them.
+
+    dtype: fp16 has steps of 0.004 at |z| = 5, against a deviation of 0.24 in the paper, and ends at 65504;
+    bf16 has steps of 0.03 and no end.  Raises: InputError, for one when the disk is full.
+    """
+    key = {**key, "data": fingerprint(dataset), "dtype": dtype}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    home = Path(folder) / f"{dataset.split}-{name}"
+    if not (home / "cache.json").exists():
+        try:
+            if rank == 0 and not (home / "latents.npy").exists():
+                mean, _ = encode(torch.zeros(1, 3, dataset.size, dataset.size, device=device))
+                allocate(home, dataset, mean.shape[1:], STORED[dtype][0])
+            barrier()
+            encode_chunks(home, dataset, encode, batch, rank, world, workers, device, STORED[dtype][1])
+            barrier()
+            if rank == 0:
+                finish_cache(home, dataset, key)
+            barrier()
+        except OSError as error:
+            raise InputError(f"the latents cannot be written to {home} ({error}): make room there and give "
+                             "the same command again") from None
+    try:
+        info = json.loads((home / "cache.json").read_text())
+        array = np.asarray(np.load(home / "latents.npy", mmap_mode="r"))        # np.memmap is slow to index
+        labels = np.load(home / "labels.npy")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{home} is damaged ({error}): remove it to encode the images again") from None
+    return LatentSet([(array[:, 0], array[:, 1])], labels, info["classes"], STORED[dtype][1], info["skipped"],
+                     np.array(info["sums"]))
+
+
+def allocate(home: Path, dataset: Dataset, shape: tuple[int, int, int], dtype: type) -> None:
+    """Make an empty latents.npy if there is room, and remove the split's caches with other keys."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    others = [old for old in home.parent.glob(f"{dataset.split}-" + 16 * "[0-9a-f]") if old != home]
+    shape = (len(dataset), 2, 2, *shape)
+    need, free = 2 * math.prod(shape), shutil.disk_usage(home.parent).free
+    free += sum(file.stat().st_blocks * 512 for old in others for file in old.rglob("*"))
+    if need > free:
+        raise InputError(f"the latents of {len(dataset)} images need {need} bytes in {home.parent}, which "
+                         f"has {free}: make room, or choose another folder")
+    for old in others:
+        print(f"removing {old}, the latents of another tokenizer or of other data", file=sys.stderr)
+        shutil.rmtree(old)
+    (home / "chunks").mkdir(parents=True, exist_ok=True)
+    np.lib.format.open_memmap(home / "latents.tmp", "w+", dtype, shape)
+    os.replace(home / "latents.tmp", home / "latents.npy")
+
+
+def chunks_of(home: Path, n: int) -> list[tuple[int, int, Path]]:
+    """First image, last + 1, and the file that says that this chunk has been written."""
+    spans = [(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+    return [(start, stop, home / "chunks" / f"{start}-{stop}.json") for start, stop in spans]
+
+
+@torch.no_grad()
+def encode_chunks(home: Path, dataset: Dataset, encode: Callable, batch: int, rank: int, world: int,
+                  workers: int, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Encode, write and mark every world-th chunk, unless it is marked already."""
+    # One with unreadable images is tried again: the disk may have been away when the last run ended.
+    todo = [chunk for chunk in chunks_of(home, len(dataset))[rank::world]
+            if not chunk[2].exists() or json.loads(chunk[2].read_text())["unreadable"]]
+    plan = (np.arange(i, min(i + batch, stop)) for start, stop, _ in todo for i in range(start, stop, batch))
+    loader = load(Reader(dataset, 0, augment=False, refill=False), ((i, i) for i in plan), workers, device)
+    array = np.load(home / "latents.npy", mmap_mode="r")
+    with (open(home / "latents.npy", "r+b") as file,
+          tqdm(total=sum(stop - start for start, stop, _ in todo), desc="latents", disable=rank > 0) as bar):
+        for start, stop, mark in todo:
+            block, seen = torch.zeros(stop - start, *array.shape[1:], dtype=dtype), []
+            for part in itertools.islice(loader, -(-(stop - start) // batch)):
+                seen += (part["index"] - start).tolist()
+                if len(part["x"]):
+                    block[part["index"] - start] = encode_both(encode, part, dtype)
+                bar.update(len(part["index"]) + len(part["skipped"]))
+            unreadable = sorted({*range(stop - start)} - {*seen})
+            if len(unreadable) > CHUNK // 2 or len(unreadable) == len(dataset):
+                raise InputError(f"{len(unreadable)} of the {stop - start} images from "
+                                 f"{dataset.name_of(start)} on cannot be read: is the disk there?")
+            file.seek(array.offset + start * array.strides[0])      # through a map, a full disk is a SIGBUS
+            file.write(block.view(torch.int16).numpy())
+            file.flush()
+            os.fsync(file.fileno())
+            write_whole(mark, {"unreadable": [start + i for i in unreadable],
+                               "sums": channel_sums(block[seen]).tolist()})
+
+
+def encode_both(encode: Callable[[Tensor], tuple[Tensor, Tensor]], part: Batch, dtype: torch.dtype) -> Tensor:
+    """[b, 2, 2, C, h, w]: of image and mirror image, mean and deviation."""
+    exact = torch.stack([torch.stack(encode(x), 1) for x in (part["x"], part["x"].flip(3))], 1)
+    stored = exact.to(dtype).cpu()
+    if not stored.isfinite().all():
+        raise InputError(f"latents of images {part['index'][0]} to {part['index'][-1]} reach "
+                         f"{exact.abs().max():.4g}, which {dtype} does not hold: look at the tokenizer")
+    return stored
+
+
+def finish_cache(home: Path, dataset: Dataset, key: dict[str, str]) -> None:
+    marks = [json.loads(mark.read_text()) for _, _, mark in chunks_of(home, len(dataset))]
+    unreadable = [index for mark in marks for index in mark["unreadable"]]
+    labels = dataset.labels(np.arange(len(dataset))).numpy().copy()
+    labels[unreadable] = -1
+    buffer = io.BytesIO()
+    np.save(buffer, labels)
+    write_whole(home / "labels.npy", buffer.getvalue())
+    write_whole(home / "cache.json", {
+        "key": key, "classes": dataset.classes, "skipped": [dataset.name_of(index) for index in unreadable],
+        "sums": sum(np.array(mark["sums"]) for mark in marks).tolist()})
+    shutil.rmtree(home / "chunks")
+
+
+def write_whole(path: Path, content: bytes | dict) -> None:
+    """Bytes, or a dict as JSON: after a crash the file is not there, or it is whole."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Latents of LightningDiT's extract_features.py, in its own files.
+
+
+def open_lightningdit_latents(folder: str | Path) -> LatentSet:
+    """*.safetensors with `latents`, `latents_flip` [n, C, h, w] and `labels` [n]; each is one draw of z.
+
+    `statistics` returns what latents_stats.pt beside them says ({"mean", "std"}: [1, C, 1, 1]), if it is
+    there.  The classes are "0", "1", .. up to the highest label.  The few images that its processes encode
+    twice, to have equally many each, cannot be told from others.  Raises: InputError.
+    """
+    parts, labels, kinds = [], [], set()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        tensors = read_safetensors(path)
+        absent = {"latents", "latents_flip", "labels"} - {*tensors}
+        if absent:
+            raise InputError(f"{path} has no tensor '{min(absent)}': give LightningDiT's latents")
+        (plain, dtype), (mirrored, other), (y, _) = (
+            tensors[name] for name in ("latents", "latents_flip", "labels"))
+        if plain.ndim != 4 or plain.shape != mirrored.shape or dtype != other or y.shape != plain.shape[:1]:
+            raise InputError(f"{path}: latents {plain.shape} {dtype}, latents_flip {mirrored.shape} {other} "
+                             f"and labels {y.shape} do not go together")
+        kinds.add((plain.shape[1:], dtype))
+        parts.append((plain[:, None], mirrored[:, None]))
+        labels.append(y)
+    if not sum(map(len, labels)):
+        raise InputError(f"{folder} holds no latents: give the folder of latents_rank00_shard000.safetensors")
+    labels, channels = np.concatenate(labels), plain.shape[1]
+    if len(kinds) > 1 or not dtype.is_floating_point or labels.dtype.kind != "i" or labels.min() < 0:
+        raise InputError(f"{folder}: latents must be floats of one shape and type, not {kinds}, and labels "
+                         f"integers from 0, not {labels.dtype} from {labels.min()}")
+    given, path = None, Path(folder) / "latents_stats.pt"
+    if path.exists():
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            given = tuple(stored[name].float().reshape(channels) for name in ("mean", "std"))
+        except Exception as error:              # torch raises half a dozen types for a damaged file
+            raise InputError(f"{path} holds no mean and std of {channels} channels "
+                             f"({str(error).splitlines()[0]}): without it they are computed") from None
+    classes = [str(i) for i in range(labels.max() + 1)]
+    return LatentSet(parts, labels.astype(np.int64), classes, dtype, [], given=given)
+
+
+def read_safetensors(path: Path) -> dict[str, tuple[ndarray, torch.dtype]]:
+    """A safetensors file's tensors, memory-mapped.  Layout: length of the header (8 bytes), header, data."""
+    try:
+        raw = np.memmap(path, np.uint8, "r")
+        begin = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        header, tensors = json.loads(raw[8:begin].tobytes()), {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                kind, dtype = STORED[entry["dtype"]]
+                first, last = (begin + offset for offset in entry["data_offsets"])
+                tensors[name] = np.asarray(raw[first:last]).view(kind).reshape(entry["shape"]), dtype
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error}): copy it again") from None
+    return tensors

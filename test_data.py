@@ -1,10 +1,17 @@
-"""data.py: the shapes, the ADM crop against a slow oracle, the order of batches, and damaged files."""
+"""data.py: the shapes, the ADM crop against a slow oracle, the order of batches, damaged files, and
+the cache of latents."""
 
 import io
 import itertools
+import json
 import os
 import pathlib
+import shutil
+import signal
+import struct
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -464,3 +471,446 @@ def test_cifar10_subset_from_its_archive(tmp_path: pathlib.Path):
         with Image.open(dataset.name_of(index)) as image:
             expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         assert_close(dataset[index][0], expected, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Latents.  The tokenizer of these tests is one fixed convolution to mean and deviation, 2 x 2 x 2 of 8 x 8
+# pixels; its kernel is not symmetric, so a mirrored latent differs from the latent of the mirror image.
+# Caches are hidden folders: the images' folder, where they lie, would take others for classes.
+
+WEIGHT = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)) / 4
+KEY = {"tokenizer": "a" * 64}
+
+
+class Encoder:
+    """encode() with a count of the images it has seen; it fails where `limit` is reached."""
+
+    def __init__(self, limit: float = float("inf"), scale: float = 1.0) -> None:
+        self.seen, self.limit, self.scale = 0, limit, scale
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x.dtype == torch.float32 and x.shape[1:] == (3, 8, 8) and x.abs().max() <= 1
+        self.seen += len(x)
+        if self.seen > self.limit:
+            raise KeyboardInterrupt
+        mean, std = torch.nn.functional.conv2d(x, self.scale * WEIGHT, stride=4).chunk(2, 1)
+        return mean, 0.1 + 0.3 * std.sigmoid()
+
+
+@pytest.fixture
+def chunks_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK", 3)
+
+
+def direct(dataset: data.Folder, index: int, flipped: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [C, h, w] of one image as dataset[index] reads it."""
+    x = dataset[index][0].float() / 127.5 - 1
+    mean, std = Encoder()(x[None, :, :, torch.arange(7, -1, -1) if flipped else torch.arange(8)])
+    return mean[0], std[0]
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("dtype, step", [("fp16", 2**-11), ("bf16", 2**-8)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_latents_are_those_of_the_images(eleven: data.Folder, tmp_path: pathlib.Path, dtype: str,
+                                                step: float, workers: int, chunks_of_three: None):
+    latents = data.cache_latents(tmp_path / ".cache", eleven, Encoder(), KEY, 2, workers=workers, dtype=dtype)
+    assert len(latents) == 11 and latents.shape == (2, 2, 2) and latents.skipped == []
+    assert latents.classes == ["a", "bb"]
+    seen = set()
+    for batch in first(data.latent_batches(latents, 4, seed=3), 20):
+        assert batch["mean"].dtype == batch["std"].dtype == torch.float32
+        assert batch["y"].dtype == batch["index"].dtype == torch.int64
+        for mean, std, y, index, flipped in zip(*batch.values(), strict=True):
+            expected = direct(eleven, int(index), bool(flipped))
+            assert_close((mean, std), expected, rtol=1.01 * step, atol=1e-6)
+            assert y == int(index >= 5)
+            seen.add((int(index), bool(flipped)))
+    assert len(seen) == 22                                # 80 draws of 22: all of them have been compared
+
+
+def test_statistics_are_exact(eleven: data.Folder, tmp_path: pathlib.Path, chunks_of_three: None):
+    latents = data.cache_latents(tmp_path / ".cache", eleven, Encoder(), KEY, 2)
+    both = [direct(eleven, index, flipped) for index in range(11) for flipped in (False, True)]
+    mean, std = (torch.stack(part).half().double() for part in zip(*both, strict=True))      # [22, C, h, w]
+    centre = torch.stack([mean[:, c].mean() for c in range(2)])
+    spread = torch.stack([(mean[:, c] - centre[c]).square().mean() for c in range(2)])
+    noise = torch.stack([std[:, c].square().mean() for c in range(2)])
+    assert (noise > 0.02 * spread).all()                   # else the two answers could not be told apart
+    assert_close(latents.statistics("mean"), (centre.float(), spread.sqrt().float()), rtol=1e-4, atol=1e-6)
+    sample = latents.statistics("sample")
+    assert_close(sample, (centre.float(), (spread + noise).sqrt().float()), rtol=1e-4, atol=1e-6)
+    latents.sums = None                                   # from the file instead of from the encoding
+    assert_close(latents.statistics("sample"), sample, rtol=1e-6, atol=0)
+
+
+def test_latent_batches_follow_the_plan_of_the_images(eleven: data.Folder, tmp_path: pathlib.Path):
+    latents = data.cache_latents(tmp_path / ".cache", eleven, Encoder(), KEY, 4)
+    whole = first(data.latent_batches(latents, 4, seed=5), 12)
+    seen = torch.cat([batch["index"] for batch in whole]).tolist()
+    for epoch in range(4):
+        assert sorted(seen[11 * epoch:11 * epoch + 11]) == list(range(11))
+    for ours, images in zip(whole, data.batches(eleven, 4, seed=5), strict=False):
+        assert_close((ours["index"], ours["y"]), (images["index"], images["y"]), rtol=0, atol=0)
+    half = [first(data.latent_batches(latents, 4, 5, start=7, rank=rank, world=2), 5) for rank in range(2)]
+    for k, batch in enumerate(whole[7:]):
+        for rank in range(2):
+            for name, value in batch.items():
+                assert_close(half[rank][k][name], value[rank::2], rtol=0, atol=0)
+    with pytest.raises(InputError, match="multiple"):
+        data.latent_batches(latents, 5, seed=0, world=2)
+
+
+def test_flips_are_those_of_the_images(tmp_path: pathlib.Path):
+    dataset = data.open_dataset(make_folder(tmp_path / "images", {"a": 12}), 8, "train")
+    latents = data.cache_latents(tmp_path / ".cache", dataset, Encoder(), KEY, 12)
+    flips = 0
+    for ours, images in first(zip(data.latent_batches(latents, 12, 1), data.batches(dataset, 12, 1)), 10):
+        mean, std = Encoder()(images["x"])
+        assert_close((ours["mean"], ours["std"]), (mean, std), rtol=1e-3, atol=1e-6)
+        flips += int(ours["flipped"].sum())
+    assert 35 < flips < 85                                # of 120, p = 0.5: within 4.5 standard deviations
+
+
+def test_a_finished_cache_is_only_opened(eleven: data.Folder, tmp_path: pathlib.Path):
+    cache = tmp_path / ".cache"
+    encoder = Encoder()
+    data.cache_latents(cache, eleven, encoder, KEY, 4)
+    assert encoder.seen == 2 * 11 + 1                     # both flips, and one image to learn the shape
+    before = contents(cache)
+    assert sorted(before) == ["cache.json", "labels.npy", "latents.npy"]
+    for path in (*cache.rglob("*"), cache):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        again = data.cache_latents(cache, eleven, Encoder(limit=0), KEY, 4)
+        assert len(next(data.latent_batches(again, 4, seed=0))["mean"]) == 4
+    finally:
+        for path in (cache, *cache.rglob("*")):
+            path.chmod(0o755)
+    assert contents(cache) == before
+
+
+@pytest.mark.parametrize("limit, worlds", [(9, (1, 1)), (9, (2, 1)), (9, (1, 3)), (6, (4, 2))])
+def test_an_interrupted_run_goes_on_with_any_number_of_ranks(
+        eleven: data.Folder, tmp_path: pathlib.Path, chunks_of_three: None, limit: int,
+        worlds: tuple[int, int]):
+    data.cache_latents(tmp_path / ".whole", eleven, Encoder(), KEY, 2)
+
+    def start(world: int, limit: float) -> list[Encoder]:
+        """Every rank a thread; one that fails breaks the barrier, as torchrun ends the others."""
+        barrier, encoders = threading.Barrier(world, timeout=30), [Encoder(limit) for _ in range(world)]
+
+        def rank_of(rank: int) -> None:
+            try:
+                data.cache_latents(tmp_path / ".cache", eleven, encoders[rank], KEY, 2, rank, world,
+                                   barrier=barrier.wait)
+            except KeyboardInterrupt:
+                barrier.abort()
+            except threading.BrokenBarrierError:
+                pass
+
+        with ThreadPoolExecutor(world) as pool:
+            list(pool.map(rank_of, range(world)))
+        return encoders
+
+    # Chunks of 3, 3, 3 and 2 images: the encoder sees 6, 6, 6 and 4, and rank 0 one more, for the shape.
+    start(worlds[0], limit)
+    home, = (tmp_path / ".cache").iterdir()
+    done = [tuple(map(int, mark.stem.split("-"))) for mark in (home / "chunks").glob("*.json")]
+    assert 0 < len(done) < 4
+    encoders = start(worlds[1], limit=float("inf"))
+    assert sum(e.seen for e in encoders) == 2 * (11 - sum(stop - start for start, stop in done))
+    assert contents(tmp_path / ".cache") == contents(tmp_path / ".whole")
+
+
+def test_a_mark_follows_its_data(eleven: data.Folder, tmp_path: pathlib.Path, chunks_of_three: None,
+                                 monkeypatch: pytest.MonkeyPatch):
+    fsync, replace, synced, marked = os.fsync, os.replace, [], []
+
+    def seen_fsync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def seen_replace(source: pathlib.Path, target: pathlib.Path) -> None:
+        if target.parent.name == "chunks":
+            array = target.parent.parent / "latents.npy"
+            assert array.stat().st_ino in synced
+            start, stop = map(int, target.stem.split("-"))
+            assert (np.load(array)[start:stop] != 0).all()
+            marked.append((start, stop))
+            synced.clear()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "replace", seen_replace)
+    data.cache_latents(tmp_path / ".cache", eleven, Encoder(), KEY, 2)
+    assert marked == [(0, 3), (3, 6), (6, 9), (9, 11)]
+
+
+def killed(rank: int, folder: str, images: str, barrier, limit: int) -> None:
+    """One process of two; rank 1 is killed without notice when it has encoded `limit` images."""
+    class Fatal(Encoder):
+        def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if rank == 1 and self.seen >= limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(x)
+
+    data.CHUNK = 3
+    dataset = data.open_dataset(images, 8, "train")
+    latents = data.cache_latents(folder, dataset, Fatal(), KEY, 2, rank, 2, barrier=lambda: barrier.wait(20))
+    assert len(latents) == 11
+
+
+def test_two_processes_one_of_them_killed(eleven: data.Folder, tmp_path: pathlib.Path, chunks_of_three: None):
+    data.cache_latents(tmp_path / ".whole", eleven, Encoder(), KEY, 2)
+    context = torch.multiprocessing.get_context("fork")
+    for limit, codes in ((8, [1, -signal.SIGKILL]), (1000, [0, 0])):
+        barrier = context.Barrier(2)
+        flags = str(tmp_path / ".cache"), eleven.folder, barrier, limit
+        processes = [context.Process(target=killed, args=(rank, *flags)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        processes[1].join(30)
+        if codes[1]:
+            barrier.abort()
+        processes[0].join(30)
+        assert [process.exitcode for process in processes] == codes
+    assert contents(tmp_path / ".cache") == contents(tmp_path / ".whole")
+
+
+def test_other_data_or_another_tokenizer_is_another_cache(eleven: data.Folder, tmp_path: pathlib.Path,
+                                                          capsys: pytest.CaptureFixture):
+    cache, encoder, flags = tmp_path / ".cache", Encoder(), {"key": KEY, "dtype": "bf16", "batch": 4}
+    data.cache_latents(cache, eleven, encoder, **flags)
+    (cache / "train-notes").mkdir()                       # not ours
+    changes = {
+        "dtype": lambda: flags.update(dtype="fp16"),
+        "tokenizer": lambda: flags.update(key={"tokenizer": "b" * 64}),
+        "file": lambda: noise(8, 11, seed=77).save(eleven.name_of(4)),
+        "time": lambda: os.utime(eleven.name_of(4), (1, 1)),
+    }
+    for name, change in changes.items():
+        change()
+        seen, (old,) = encoder.seen, cache.glob("train-????????????????")
+        for _ in range(2):                                # the second time it is there
+            latents = data.cache_latents(cache, eleven, encoder, **flags)
+            assert encoder.seen == seen + 23, name
+        assert str(old) in capsys.readouterr().err and not old.exists() and len([*cache.iterdir()]) == 2
+    batch = next(itertools.dropwhile(lambda b: 4 not in b["index"], data.latent_batches(latents, 1, seed=0)))
+    assert_close(batch["mean"][0], direct(eleven, 4, bool(batch["flipped"]))[0], rtol=1e-3, atol=1e-6)
+    assert (cache / "train-notes").is_dir()
+    val = data.open_dataset(eleven.folder, 8, "val")
+    data.cache_latents(cache, val, encoder, **flags)
+    assert len(list(cache.glob("train-*"))) == 2          # the splits live side by side
+
+
+def test_fingerprints(eleven: data.Folder, tmp_path: pathlib.Path):
+    for name in ("a", "bb"):                              # copytree keeps the times
+        shutil.copytree(tmp_path / name, tmp_path / "elsewhere" / name)
+    moved = data.open_dataset(str(tmp_path / "elsewhere"), 8, "train")
+    same = data.fingerprint(eleven)
+    assert data.fingerprint(moved) == same
+    (tmp_path / "elsewhere/a/000.png").rename(tmp_path / "elsewhere/a/0000.png")     # still the first
+    renamed = data.open_dataset(str(tmp_path / "elsewhere"), 8, "train")
+    larger = data.open_dataset(str(tmp_path / "elsewhere"), 16, "train")
+    os.utime(eleven.name_of(10), (1, 1))
+    assert len({same, *map(data.fingerprint, (renamed, larger, eleven))}) == 4
+    shapes = [data.Shapes(16, "train", 0), data.Shapes(16, "train", 1), data.Shapes(32, "train", 0),
+              data.Shapes(16, "val", 0)]
+    assert len({data.fingerprint(dataset) for dataset in shapes}) == 4
+    assert data.fingerprint(data.Shapes(16, "train", 0)) == data.fingerprint(shapes[0])
+    cifar = data.Cifar10.__new__(data.Cifar10)
+    data.Pictures.__init__(cifar, "cifar10", 32, "train", ["plane", "car"], np.array([0, 1]))
+    prints = set()
+    for value, target in ((0, 0), (1, 0), (0, 1)):
+        cifar.pixels, cifar.targets = np.full((2, 32, 32, 3), value, np.uint8), np.array([target, 1])
+        prints.add(data.fingerprint(cifar))
+    assert len(prints) == 3
+
+
+def test_unreadable_images_have_no_latents(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    make_folder(tmp_path / "images", {"a": 5, "bb": 6})
+    bad = damage(tmp_path / "images")
+    (tmp_path / "images/a/001.png").unlink()
+    (tmp_path / "images/a/001.png").symlink_to("nowhere")
+    bad.add(str(tmp_path / "images/a/001.png"))
+    monkeypatch.setattr(data, "CHUNK", 4)                 # the first chunk: 0, 1 and 3 are bad
+    dataset = data.open_dataset(str(tmp_path / "images"), 8, "train")
+    with pytest.raises(InputError, match="3 of the 4 images from .*000.png on cannot be read"):
+        data.cache_latents(tmp_path / ".cache", dataset, Encoder(), KEY, 2)
+    monkeypatch.setattr(data, "CHUNK", 6)
+    latents = data.cache_latents(tmp_path / ".cache", dataset, Encoder(), KEY, 1)
+    assert set(latents.skipped) == bad and len(latents.skipped) == 4 and len(latents) == 8
+    seen = torch.cat([batch["index"] for batch in first(data.latent_batches(latents, 4, seed=0), 4)]).tolist()
+    assert sorted(seen) == sorted(2 * [2, 4, 5, 6, 7, 8, 9, 10])
+    mean = torch.stack([direct(dataset, i, f)[0] for i in seen[:8] for f in (False, True)]).half().double()
+    assert_close(latents.statistics("mean")[0], mean.mean((0, 2, 3)).float(), rtol=1e-4, atol=1e-6)
+    for batch in first(data.latent_batches(latents, 4, seed=0), 4):
+        assert batch["y"].tolist() == [int(index >= 5) for index in batch["index"]]
+
+
+def test_a_disk_that_comes_back_is_read_again(eleven: data.Folder, tmp_path: pathlib.Path,
+                                              chunks_of_three: None):
+    """The disk goes away at image 2: chunk 0 loses one image, chunk 1 all of them, and the run ends."""
+    data.cache_latents(tmp_path / ".whole", eleven, Encoder(), KEY, 1)
+    folders = [(tmp_path / name, tmp_path / f"{name} is away") for name in ("a", "bb")]
+
+    class Away(Encoder):
+        def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if self.seen == 3:                            # the shape, and image 0 with its mirror image
+                for here, away in folders:
+                    here.rename(away)
+            return super().__call__(x)
+
+    with pytest.raises(InputError, match="3 of the 3 images from .*003.png on cannot be read: is the disk"):
+        data.cache_latents(tmp_path / ".cache", eleven, Away(), KEY, 1)
+    for here, away in folders:
+        away.rename(here)
+    latents = data.cache_latents(tmp_path / ".cache", eleven, Encoder(), KEY, 1)
+    assert len(latents) == 11 and latents.skipped == []
+    assert contents(tmp_path / ".cache") == contents(tmp_path / ".whole")
+
+
+def test_no_room_and_no_numbers_end_in_one_line(eleven: data.Folder, tmp_path: pathlib.Path,
+                                                monkeypatch: pytest.MonkeyPatch):
+    cache = tmp_path / ".cache"
+    data.cache_latents(cache, eleven, Encoder(), KEY, 4)
+    before = contents(cache)
+    used = sum(file.stat().st_blocks * 512 for file in cache.glob("*/*"))
+    need = 11 * 2 * 2 * 8 * 2                             # images, flips, mean and std, C h w, bytes
+    fake = shutil.disk_usage(tmp_path)._replace(free=need - used - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: fake)
+    other = {"tokenizer": "b" * 64}
+    with pytest.raises(InputError, match=f"need {need} bytes in .*cache, which has {need - 1}: ") as error:
+        data.cache_latents(cache, eleven, Encoder(), other, 4)
+    assert "\n" not in str(error.value) and contents(cache) == before     # the old one is still there
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="images 0 to 3 reach .*e.*float16 does not hold"):
+        data.cache_latents(cache, eleven, Encoder(scale=1e6), other, 4)
+    data.cache_latents(cache, eleven, Encoder(scale=1e6), other, 4, dtype="bf16")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="cannot be written to .*No space left") as error:
+        data.cache_latents(cache, eleven, Encoder(), KEY, 4)
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    home, = cache.iterdir()
+    data.cache_latents(cache, eleven, Encoder(), KEY, 4)
+    assert contents(cache) == before
+    (home / "labels.npy").write_bytes(b"")
+    with pytest.raises(InputError, match="damaged"):
+        data.cache_latents(cache, eleven, Encoder(), KEY, 4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LightningDiT's shards.
+
+
+def write_shard(path: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The safetensors layout: uint64 length of the header, header as JSON, all the bytes."""
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    header, body = {"__metadata__": {"total_size": "5", "dtype": "torch.float32", "device": "cpu"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def shard(n: int, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    latents, flip = (torch.randn(n, 2, 3, 3, generator=draws).mul(3).add(seed).to(dtype) for _ in range(2))
+    return {"labels": torch.arange(n) % 4, "latents": latents, "latents_flip": flip}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_shards_of_lightningdit(tmp_path: pathlib.Path, dtype: torch.dtype):
+    shards = {"rank00_shard000": shard(5, 0, dtype), "rank00_shard001": shard(2, 1, dtype),
+              "rank01_shard000": shard(6, 2, dtype)}
+    for name, tensors in shards.items():
+        write_shard(tmp_path / f"latents_{name}.safetensors", tensors)
+    whole = {key: torch.cat([tensors[key] for tensors in shards.values()]) for key in shard(1, 0)}
+    latents = data.open_lightningdit_latents(tmp_path)
+    assert len(latents) == 13 and latents.shape == (2, 3, 3) and latents.classes == ["0", "1", "2", "3"]
+    seen = []
+    for batch in first(data.latent_batches(latents, 4, seed=2), 13):
+        expected = torch.where(batch["flipped"][:, None, None, None], whole["latents_flip"][batch["index"]],
+                               whole["latents"][batch["index"]]).float()
+        assert_close(batch["mean"], expected, rtol=0, atol=0)
+        assert_close(batch["y"], whole["labels"][batch["index"]], rtol=0, atol=0)
+        assert batch["std"].shape == batch["mean"].shape and batch["std"].abs().max() == 0
+        seen += batch["index"].tolist()
+    assert all(sorted(seen[i:i + 13]) == list(range(13)) for i in range(0, 52, 13))
+    both = torch.cat([whole["latents"], whole["latents_flip"]]).double()
+    exact = (both.mean((0, 2, 3)).float(), both.transpose(0, 1).flatten(1).std(1, correction=0).float())
+    for latent in ("mean", "sample"):
+        assert_close(latents.statistics(latent), exact, rtol=1e-6, atol=1e-6)
+    stored = {"mean": torch.randn(1, 2, 1, 1), "std": torch.rand(1, 2, 1, 1)}
+    torch.save(stored, tmp_path / "latents_stats.pt")
+    mean, std = data.open_lightningdit_latents(tmp_path).statistics("sample")
+    assert_close((mean, std), (stored["mean"].flatten(), stored["std"].flatten()), rtol=0, atol=0)
+
+
+def test_our_shards_are_those_of_the_safetensors_package(tmp_path: pathlib.Path):
+    package = pytest.importorskip("safetensors.torch")
+    tensors = shard(5, 0, torch.bfloat16)
+    write_shard(tmp_path / "ours.safetensors", tensors)
+    package.save_file(tensors, tmp_path / "theirs.safetensors", metadata={"total_size": "5"})
+    assert_close(package.load_file(tmp_path / "ours.safetensors"), tensors, rtol=0, atol=0)
+    for name, (array, dtype) in data.read_safetensors(tmp_path / "theirs.safetensors").items():
+        assert_close(torch.from_numpy(array.copy()).view(dtype), tensors[name], rtol=0, atol=0)
+
+
+def wrong_shards() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
+    good = shard(4, 0)
+    return {
+        "absent": ({k: v for k, v in good.items() if k != "latents_flip"}, "no tensor 'latents_flip'"),
+        "labels": (good | {"labels": torch.arange(3)}, "do not go together"),
+        "flat": (good | {k: torch.zeros(4, 18) for k in ("latents", "latents_flip")}, "do not go together"),
+        "flip": (good | {"latents_flip": good["latents_flip"][:, :1]}, "do not go together"),
+        "half": (good | {"latents_flip": good["latents_flip"].half()}, "do not go together"),
+        "other": ({k: v[..., :2] if k != "labels" else v for k, v in good.items()}, "one shape and type"),
+        "bf16": (shard(4, 0, torch.bfloat16), "one shape and type"),
+        "negative": (good | {"labels": torch.arange(4) - 1}, "from -1"),
+        "real": (good | {"labels": torch.rand(4)}, "not float64"),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_shards())
+def test_wrong_shards_end_in_one_line(tmp_path: pathlib.Path, name: str):
+    tensors, message = wrong_shards()[name]
+    write_shard(tmp_path / "latents_rank00_shard000.safetensors", shard(4, 1))
+    write_shard(tmp_path / "latents_rank00_shard001.safetensors", tensors)
+    with pytest.raises(InputError, match=message) as error:
+        data.open_lightningdit_latents(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_shards_end_in_one_line(tmp_path: pathlib.Path):
+    path = tmp_path / "latents_rank00_shard000.safetensors"
+    with pytest.raises(InputError, match="no latents"):
+        data.open_lightningdit_latents(tmp_path)
+    write_shard(path, shard(4, 1))
+    whole = path.read_bytes()
+    for piece in (whole[:-1], whole[:200], whole[:5], b"", b"version https://git-lfs\n" * 9,
+                  whole.replace(b'"F32"', b'"F8_"'), whole.replace(b"data_offsets", b"data_Offsets")):
+        path.write_bytes(piece)
+        with pytest.raises(InputError, match="cannot be read as safetensors") as error:
+            data.open_lightningdit_latents(tmp_path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(whole)
+    torch.save(dict.fromkeys(("mean", "std"), torch.ones(1, 3, 1, 1)), tmp_path / "latents_stats.pt")
+    with pytest.raises(InputError, match="no mean and std of 2 channels"):
+        data.open_lightningdit_latents(tmp_path)
+    (tmp_path / "latents_stats.pt").write_bytes(b"nothing")
+    with pytest.raises(InputError, match="no mean and std of 2 channels"):
+        data.open_lightningdit_latents(tmp_path)
