@@ -201,9 +201,9 @@ def generate(args: argparse.Namespace, rt: Runtime) -> dict[str, Any]:
     reference, validation = args.reference, args.validation
     if reference is None:   # sample.py says what its model was trained on
         beside = Path(args.samples).with_suffix(".json")
-        if not beside.is_file():
-            raise InputError(f"give --reference: there is no {beside} to say what was trained on")
-        settings = json.loads(beside.read_text())
+        settings = json.loads(beside.read_text()) if beside.is_file() else {}
+        if not settings.get("data"):   # samples of others, or from a published DiT
+            raise InputError(f"give --reference: no {beside} says what was trained on")
         reference, seed, crop = settings["data"], settings.get("data_seed", 0), size
         same = data.open_dataset(reference, size, "val", seed).note   # nothing is held out
         validation = validation or (None if same else reference)

@@ -287,6 +287,7 @@ def test_two_processes_give_the_numbers_of_one():
 @pytest.mark.parametrize("argv, reason", [
     (["generation", "--samples", "none.npz", "--reference", "a.npz"], "none.npz: no such file"),
     (["generation", "--samples", "a.npz"], "give --reference"),
+    (["generation", "--samples", "published.npz"], "give --reference: no published.json"),
     (["generation", "--samples", "a.npz", "--reference", "small.npz"], "16-pixel images, the samples"),
     (["generation", "--samples", "a.npz", "--reference", "cut.npz"], "cut.npz is truncated"),
     (["generation", "--samples", "a.npz", "--reference", "nan.npz"], "NaN"),
@@ -308,6 +309,8 @@ def test_bad_input(argv, reason, capsys, monkeypatch):
     samples("a.npz", 6), samples("small.npz", 6, 16), tokenizer()
     Path("cut.npz").write_bytes(Path("a.npz").read_bytes()[:-100])
     Path("cut.json").write_text("[{")
+    samples("published.npz", 6)
+    Path("published.json").write_text('{"data": null}')
     np.savez("nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64), features="RandConv")
     np.savez("wide.npz", mu=np.zeros(65), sigma=np.eye(65), features="RandConv")
     quick = [] if argv[0] == "inspect" else [str(a) for a in QUICK if a not in argv or a != "--features"]
