@@ -15,6 +15,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -113,6 +114,7 @@ class Runtime:
         Everything is given back after forward, else an average's next forward would see its old weights.
         """
         if self.world > 1:
+            warnings.filterwarnings("ignore", ".*returned a view tensor")   # which nobody writes into
             mesh = init_device_mesh(self.device.type, (self.world,))
             for part in (*blocks, model):
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
