@@ -147,7 +147,7 @@ def test_training_from_the_cache_encodes_once(tokenizer, pictures, tmp_path, mon
 
 def test_a_published_tokenizer_needs_data_and_gets_its_statistics_from_the_cache(pictures, tmp_path, capsys,
                                                                                  monkeypatch):
-    """The published form knows neither its data nor its latents' mean; a small network stands for VA-VAE's."""
+    """The published form knows neither its data nor its latents' mean; a small network here."""
     train_tokenizer.main(["--smoke", "--model", "demo", "--loss", "kl", "--out", str(tmp_path / "ours")])
     published = tmp_path / "published.pt"
     train_tokenizer.main(["--out", str(tmp_path / "ours"), "--export", str(published)])
