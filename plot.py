@@ -76,12 +76,12 @@ def choose_keys(runs: dict[str, Curves], wanted: list[str] | None) -> list[str]:
 
 def draw_panel(axis: plt.Axes, key: str, runs: dict[str, Curves]) -> None:
     numbers: list[float] = []
-    for name, curves in runs.items():
+    for i, (name, curves) in enumerate(runs.items()):
         if key in curves:
             steps, values = curves[key]
             if isinstance(values[-1], list):   # such as the loss by t, or the spread by channel
                 steps, values = list(range(len(values[-1]))), values[-1]
-            axis.plot(steps, values, label=name, lw=1.2, marker="." if len(steps) < 12 else None)
+            axis.plot(steps, values, f"C{i}", label=name, lw=1.2, marker="." if len(steps) < 12 else None)
             numbers += [v for v in values if v is not None]
     if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
         axis.set_yscale("log")

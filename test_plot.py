@@ -46,6 +46,15 @@ def test_every_run_has_its_line_and_decades_a_log_axis():
     plot.plt.close(figure)
 
 
+def test_a_run_has_one_colour_in_every_panel():
+    figure, axes = plot.plt.subplots(1, 2)
+    runs = {"a": {"kl": ([1], [1.0])}, "b": {"kl": ([1], [1.0]), "sigma2": ([1], [2.0])}}
+    for axis, key in zip(axes, ("kl", "sigma2")):
+        plot.draw_panel(axis, key, runs)
+    assert axes[0].lines[1].get_color() == axes[1].lines[0].get_color() == "C1"
+    plot.plt.close(figure)
+
+
 def test_main_draws_two_runs(tmp_path, capsys):
     runs = [write_log(tmp_path / name / "tokenizer", {"step": 1, "rec": 3.0, "sigma2": 0.1}) for name in "ab"]
     plot.main([*map(str, runs), "--out", str(tmp_path / "curves.png")])
