@@ -51,7 +51,7 @@ def test_a_run_has_one_colour_in_every_panel():
     runs = {"a": {"kl": ([1], [1.0])}, "b": {"kl": ([1], [1.0]), "sigma2": ([1], [2.0])}}
     for axis, key in zip(axes, ("kl", "sigma2")):
         plot.draw_panel(axis, key, runs)
-    assert axes[0].lines[1].get_color() == axes[1].lines[0].get_color() == "C1"
+    assert axes[0].lines[1].get_color() == axes[1].lines[0].get_color() != axes[0].lines[0].get_color()
     plot.plt.close(figure)
 
 
