@@ -232,6 +232,17 @@ class Tokenizer(nn.Module):
         """C, the channels of the latent."""
         return self.config["z_channels"]
 
+    def standardized(self, moments: Tensor) -> Tensor:
+        """moments [B, 2C, h, w] with the mean divided into zero mean and unit deviation per channel, where
+        the config has standardize_mean: by the batch's statistics in training, with the gradient through
+        them, so that no scale is left for the mean to grow; by the running ones, which the file holds, in
+        evaluation.
+        """
+        if "standardize_mean" not in self.config:
+            return moments
+        mean, logvar = moments.chunk(2, dim=1)
+        return torch.cat([self.mean_norm(mean), logvar], dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """decode(mean of encode(x)): the reconstruction without noise."""
         return self.decode(self.encode(x)[:, :self.channels])
@@ -244,10 +255,12 @@ class Autoencoder(Tokenizer):
     num_res_blocks    per level of the encoder; the decoder has one more
     attn_resolutions  levels with attention, by their size when the image is `resolution` pixels wide
     z_channels        C, the channels of the latent
+    standardize_mean  see Tokenizer.standardized; in the config only where it is True, as in no published file
     """
 
     def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int,
-                 attn_resolutions: tuple[int, ...], resolution: int, z_channels: int) -> None:
+                 attn_resolutions: tuple[int, ...], resolution: int, z_channels: int,
+                 standardize_mean: bool = False) -> None:
         super().__init__()
         self.config = dict(ch=ch, ch_mult=tuple(ch_mult), num_res_blocks=num_res_blocks,
                            attn_resolutions=tuple(attn_resolutions), resolution=resolution,
@@ -256,6 +269,9 @@ class Autoencoder(Tokenizer):
         self.decoder = Decoder(**self.config)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        if standardize_mean:
+            self.config["standardize_mean"] = True
+            self.mean_norm = nn.BatchNorm2d(z_channels, affine=False)
 
     @property
     def stride(self) -> int:
@@ -286,7 +302,7 @@ class Autoencoder(Tokenizer):
                              f"of {self.stride}, the stride of this tokenizer")
         h = self.encoder(x)
         with torch.autocast(h.device.type, enabled=False):
-            return self.quant_conv(h.float())
+            return self.standardized(self.quant_conv(h.float()))
 
     def decode(self, z: Tensor) -> Tensor:
         """x_hat [B, 3, h*stride, w*stride], float32, not clamped, from z [B, C, h, w]."""
@@ -546,12 +562,13 @@ class VitAutoencoder(Tokenizer):
     depth, width, heads  of the encoder, and of the decoder
     z_channels           C, the channels of the latent
     latent_norm          divide the mean of each token by its RMS over the C channels, as GAE does
+    standardize_mean     as in Autoencoder
 
     Initialisation of GAE: patches Kaiming by fan-out, positions N(0, 0.02^2), the rest as PyTorch does.
     """
 
     def __init__(self, image_size: int, patch: int, depth: int, width: int, heads: int, z_channels: int,
-                 latent_norm: bool) -> None:
+                 latent_norm: bool, standardize_mean: bool = False) -> None:
         super().__init__()
         if image_size % patch or width % heads:
             raise ValueError(f"image_size {image_size} must be a multiple of patch ({patch}), "
@@ -563,6 +580,9 @@ class VitAutoencoder(Tokenizer):
         self.adapter = nn.Linear(width, 2 * z_channels, bias=False)
         self.decoder = VitTrunk(z_channels, self.grid, 1, depth, width, heads, out=patch * patch * 3)
         nn.init.kaiming_normal_(self.encoder.embed.weight, mode="fan_out")
+        if standardize_mean:
+            self.config["standardize_mean"] = True
+            self.mean_norm = nn.BatchNorm2d(z_channels, affine=False)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -579,7 +599,8 @@ class VitAutoencoder(Tokenizer):
             mean, logvar = self.adapter(h.float()).chunk(2, dim=-1)
             if self.config["latent_norm"]:
                 mean = F.rms_norm(mean, (self.channels,), eps=1e-6)
-        return torch.cat([mean, logvar], dim=-1).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            moments = torch.cat([mean, logvar], dim=-1).transpose(1, 2)
+            return self.standardized(moments.unflatten(2, (self.grid, self.grid)))
 
     def decode(self, z: Tensor) -> Tensor:
         """x_hat [B, 3, image_size, image_size], float32, not clamped, from z [B, C, h, w]."""

@@ -391,6 +391,7 @@ def test_ve_warmup_ramps_the_force():
     (["--disc-weight", "0.5", "--model", "demo", "--size", "16"], "too small for the discriminator"),
     (["--export", "x.pt"], "is not a file"),
     (["--latent-norm", "--model", "demo"], "--latent-norm is for ViT tokenizers"),
+    (["--latent-norm", "--standardize-mean"], "--standardize-mean excludes --latent-norm"),
     (["--model", "vit-demo", "--size", "64"], "--model vit-demo has learned positions for 32 pixels"),
 ])
 def test_more_bad_input(tmp_path, capsys, flags, message):
@@ -531,6 +532,46 @@ def test_the_rate_is_scaled_only_when_asked(tmp_path):
     for name, flags, rate in (("a", [], 1e-3), ("b", ["--scale-lr"], 1e-3 / 8)):
         train(tmp_path / name, *flags)
         assert_close(read_log(tmp_path / name)[-2]["lr"], rate)
+
+
+@pytest.mark.parametrize("form, expected", [("inverse", lambda s2: (1 / (s2 + 1e-6))),
+                                            ("negative", lambda s2: -s2), ("log", lambda s2: -s2.log())])
+def test_the_form_of_the_variance_term_reaches_the_objective(form, expected):
+    args, objective, _, batch = adversarial_parts(variance_form=form)
+    terms, moments, _ = objective(*batch)
+    assert_close(terms["var"], expected(moments[:, 8:].exp()).sum() / 4, rtol=1e-4, atol=0)
+    scores = train_tokenizer.evaluate(objective, batch[0], args, runtime.Runtime(torch.device("cpu")))
+    assert ("balance" in scores) == (form == "inverse")   # Eq. 14 is of the inverse
+
+
+@pytest.mark.parametrize("model", ["demo", "vit-demo"])
+def test_a_standardised_mean_has_no_scale_and_its_statistics_are_stored(tmp_path, model):
+    state = train(tmp_path, "--standardize-mean", "--model", model)
+    assert not {"reg", "reg_weighted"} & set(read_log(tmp_path)[1])
+    autoencoder, _ = models.load_autoencoder(tmp_path / "checkpoint.pt")
+    raw = models.build_autoencoder(models.AUTOENCODERS[model])
+    raw.load_state_dict({k: v for k, v in state["model"].items() if "mean_norm" not in k})
+    x = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, logvar = raw.eval().encode(x).chunk(2, 1)
+    kept = {k: state["model"][f"mean_norm.running_{k}"][:, None, None] for k in ("mean", "var")}
+    assert (kept["mean"] != 0).all()
+    expected = (mean - kept["mean"]) / (kept["var"] + 1e-5).sqrt()
+    assert_close(autoencoder.encode(x), torch.cat([expected, logvar], 1), rtol=1e-4, atol=1e-5)
+    autoencoder.train()
+    last = autoencoder.adapter if model == "vit-demo" else autoencoder.quant_conv
+    mean, _ = autoencoder.encode(x).chunk(2, 1)
+    assert_close(mean.mean((0, 2, 3)), torch.zeros(8), rtol=0, atol=1e-4)
+    assert_close(mean.var((0, 2, 3), unbiased=False), torch.ones(8), rtol=2e-3, atol=0)
+    mean.pow(3).sum().backward()          # of any function of the mean, no gradient is along its weight
+    weight, gradient = last.weight[:8].flatten(1), last.weight.grad[:8].flatten(1)
+    assert gradient.norm() > 0
+    assert ((gradient * weight).sum(1).abs() < 2e-3 * gradient.norm(dim=1) * weight.norm(dim=1)).all()
+
+
+def test_standardised_runs_resume_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole", "--standardize-mean")
+    train(tmp_path / "parts", "--standardize-mean", "--steps", "2")
+    assert_same(train(tmp_path / "parts", "--standardize-mean")["model"], whole["model"])
 
 
 def test_latent_norm_gives_every_token_a_mean_of_unit_rms(tmp_path):

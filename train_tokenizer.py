@@ -4,7 +4,7 @@
     one GPU      python train_tokenizer.py --preset vavae-f16d32 --data imagenet
     eight GPUs   torchrun --nproc_per_node=8 train_tokenizer.py --preset vavae-f16d32 --data imagenet
 
---loss ve     L_rec + lambda1 / (sigma^2 + delta) + lambda2 exp(|z| - tau)      Eqs. 9-11
+--loss ve     L_rec + lambda1 / (sigma^2 + delta) + lambda2 exp(|z| - tau)      Eqs. 9-11; --variance-form
 --loss kl     L_rec + beta KL                                                   Eq. 1
 --loss sigma  L_rec + w |mean|^2, the noise fixed in advance                    sigma-VAE
 --loss none   L_rec, no noise at all
@@ -47,6 +47,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vavae-f16d32": VAVAE | dict(steps=320_292),   # 16 epochs
     "vavae-f16d32-finetune": VAVAE | dict(steps=100_091, disc_start=0, ve_warmup=1000),   # 5 epochs
 }
+VARIANCE_FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {   # of --loss ve, on logvar and delta
+    "inverse": lambda logvar, delta: losses.inverse_variance(logvar, delta),
+    "negative": lambda logvar, delta: losses.negative_variance(logvar),
+    "log": lambda logvar, delta: losses.log_entropy(logvar),
+}
 FREE = {"steps", "log_every", "save_every", "image_every", "workers", "device", "out", "smoke", "eval_images"}
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, image_every=4, eval_images=8, stats_images=8,
              workers=0, out=Path("runs/smoke/tokenizer"))
@@ -63,12 +68,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--model", choices=models.AUTOENCODERS, help="row of models.AUTOENCODERS")
     p.add_argument("--latent-norm", action="store_true",
                    help="ViT: divide the mean of each token by its RMS over the channels, as GAE does")
+    p.add_argument("--standardize-mean", action="store_true",
+                   help="batch statistics give every channel of the mean unit deviation: ve then leaves "
+                   "Eq. 10 out, lambda2 and tau with it")
     p.add_argument("--export", type=Path, metavar="FILE",
                    help="train nothing: write the run in --out as a VA-VAE checkpoint, for LightningDiT")
     p.add_argument("--out", type=Path, default=Path("runs/tokenizer"), help="folder of checkpoint and log")
     g = p.add_argument_group("loss (weights are for sums over C*H*W, averaged over the batch)")
     g.add_argument("--loss", choices=["ve", "kl", "sigma", "none"], default="ve", help="what acts on z")
-    g.add_argument("--lambda1", type=float, default=0.1, help="ve: weight of 1 / (sigma^2 + delta), Eq. 9")
+    g.add_argument("--variance-form", choices=VARIANCE_FORMS, default="inverse", help="ve: what expands "
+                   "sigma: 1 / (sigma^2 + delta), or Analyze 2's -sigma^2 or -log sigma^2")
+    g.add_argument("--lambda1", type=float, default=0.1, help="ve: weight of that form, Eq. 9")
     g.add_argument("--lambda2", type=float, default=1e-6, help="ve: weight of exp(|z| - tau), Eq. 10")
     g.add_argument("--tau", type=float, default=1.0, help="ve: tau of Eq. 10")
     g.add_argument("--delta", type=float, default=1e-6, help="ve: delta of Eq. 9, below any sigma^2 wanted")
@@ -132,6 +142,7 @@ class Objective(nn.Module):
         super().__init__()
         self.autoencoder, self.autocast = autoencoder, lambda: rt.autocast(args.precision)
         self.loss, self.delta, self.tau = args.loss, args.delta, args.tau
+        self.form, self.standardized = VARIANCE_FORMS[args.variance_form], args.standardize_mean
         self.posterior = dict(loss=args.loss, sigma=args.sigma, sigma_mode=args.sigma_mode)
         self.weights = {"rec": 1.0, "lpips": args.perceptual_weight, "var": args.lambda1, "reg": args.lambda2,
                         "kl": args.kl_weight, "mean": args.mean_weight}
@@ -153,8 +164,9 @@ class Objective(nn.Module):
         if self.teacher:
             terms["align"] = self.alignment(x, z)
         if self.loss == "ve":
-            terms["var"] = losses.inverse_variance(logvar, self.delta)
-            terms["reg"] = losses.exponential_magnitude(z, self.tau)
+            terms["var"] = self.form(logvar, self.delta)
+            if not self.standardized:
+                terms["reg"] = losses.exponential_magnitude(z, self.tau)
         elif self.loss == "kl":
             terms["kl"] = losses.kl_divergence(mean, logvar)
         elif self.loss == "sigma":
@@ -328,7 +340,7 @@ def evaluate(objective: Objective, held_out: Tensor, args: argparse.Namespace, r
     mean, logvar = losses.split_moments(moments)
     scores = {"psnr_mean": metrics.psnr(data.to_uint8(from_mean), data.to_uint8(held_out)).mean().item(),
               "psnr_sample": metrics.psnr(data.to_uint8(from_sample), data.to_uint8(held_out)).mean().item()}
-    if args.loss == "ve" and args.lambda1:
+    if args.loss == "ve" and args.lambda1 and args.variance_form == "inverse":
         cost = (error[1] - error[0]) / len(held_out)
         scores["balance"] = (cost / (args.lambda1 * losses.inverse_variance(logvar, args.delta))).item()
     return scores | metrics.latent_summary(mean, logvar, z, args.loss in ("ve", "kl")) | {
@@ -454,6 +466,8 @@ def export(args: argparse.Namespace) -> None:
         state = models.read_kind(args.out / "checkpoint.pt", "tokenizer")
     if state["model_config"].get("arch") == "vit":
         raise InputError(f"{args.out} holds a ViT tokenizer: VA-VAE's form is for convolutional ones")
+    if "standardize_mean" in state["model_config"]:
+        raise InputError(f"{args.out} holds a tokenizer with a standardised mean: VA-VAE's form has none")
     tensors = dict(state["model"])
     tensors |= {f"loss.discriminator.{k}": v for k, v in state.get("discriminator", {}).items()}
     tensors |= {"linear_proj.weight": state["projection"]} if "projection" in state else {}
@@ -475,7 +489,11 @@ def main(argv: list[str] | None = None) -> None:
     config = models.AUTOENCODERS[args.model]
     if args.latent_norm and "latent_norm" not in config:
         raise InputError(f"--latent-norm is for ViT tokenizers, --model {args.model} is none")
-    autoencoder = models.build_autoencoder(config | ({"latent_norm": True} if args.latent_norm else {}))
+    if args.standardize_mean and (args.latent_norm or rt.world > 1):
+        raise InputError("--standardize-mean excludes --latent-norm, and takes its statistics from the batch "
+                         "of one process: leave that out, or start one")
+    chosen = {k: True for k in ("latent_norm", "standardize_mean") if getattr(args, k)}
+    autoencoder = models.build_autoencoder(config | chosen)
     autoencoder.to(rt.device, memory_format=torch.channels_last)   # convolutions: 15 % faster on a CPU
     check(args, autoencoder, rt)
     autoencoder.decoder.recompute = args.recompute_decoder
