@@ -86,7 +86,8 @@ def table_of_arms(seeds: int = 3) -> list[Arm]:
     ve = ("--loss", "ve")
     arms = [arm("KL", "1e-6", (1, 6, 7, 9), "--loss", "kl", "--kl-weight", "1e-6"),
             arm("VE", "0.1", (1, 2, 3, 4, 5, 6, 7, 8, 9), *ve),
-            arm("VE", "0.01", (1, 2, 3, 4, 5, 6, 7, 8), *ve, "--lambda1", "0.01")]
+            arm("VE", "0.01", (1, 2, 3, 4, 5, 6, 7, 8), *ve, "--lambda1", "0.01"),
+            arm("VE", "0.001", (1, 3, 4, 5, 6, 7), *ve, "--lambda1", "0.001")]   # 0.2 dB: see results/dit
     arms += [arm("KL", w, (1, 6, 7) if w == "1e-2" else (1, 7), "--loss", "kl", "--kl-weight", w)
              for w in ("1e-4", "1e-2", "0.1", "0.5", "1", "2", "8")]
     fixed = ("--loss", "sigma", "--sigma-mode", "fixed")
@@ -97,7 +98,7 @@ def table_of_arms(seeds: int = 3) -> list[Arm]:
                         "--latent-norm"))
     arms += [arm("VE standardised", w, (7, 8), *ve, "--standardize-mean", "--lambda1", w)
              for w in ("0.0003", "0.002")]   # those of VE 0.01 and 0.1 over the variance of their means
-    arms += [arm("VE", w, (3, 4, 7), *ve, "--lambda1", w) for w in ("0.001", "0.03", "0.3")]
+    arms += [arm("VE", w, (3, 4, 7), *ve, "--lambda1", w) for w in ("0.03", "0.3")]
     for flag, values in (("lambda2", ("0", "1e-8", "1e-4")), ("tau", ("0", "2", "3")),
                          ("delta", ("1e-8", "1e-4", "1e-2"))):
         arms += [arm(f"VE {flag}", value, (3,), *ve, f"--{flag}", value) for value in values]
