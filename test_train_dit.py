@@ -515,6 +515,17 @@ def test_bad_input_is_one_line_and_exit_2(tokenizer, tmp_path, capsys, flags, me
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(tokenizer, tmp_path, capsys):
+    state = train(tokenizer, tmp_path, "--steps", "2")
+    named = state["optimizer"]["state"]
+    state["optimizer"]["state"] = dict(enumerate(named.values()))
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit) as stop:
+        train(tokenizer, tmp_path)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "cannot be resumed" in error
+
+
 def test_latents_of_other_channels_are_refused(tokenizer, tmp_path, capsys):
     write_shard(tmp_path / "latents_rank00_shard000.safetensors",
                 {name: np.zeros((4, 3, 8, 8), np.float32) for name in ("latents", "latents_flip")}

@@ -434,6 +434,9 @@ def resume(path: Path, dit: models.DiT, ema: runtime.Ema, optimizers: list[torch
     if tokenizer and state["tokenizer"]["sha256"] != tokenizer.name["sha256"]:
         raise InputError(f"{path} was trained on another {args.tokenizer} (it has changed since); "
                          "choose another --out, or remove the old run")
+    if any(isinstance(name, int) for name in state["optimizer"]["state"]):   # of before Muon and sharding
+        raise InputError(f"{path} numbers its parameters, as older versions did: it cannot be resumed; sample "
+                         "from it, or choose another --out")
     runtime.load_training_state(dit, optimizers, state)
     ema.load_state_dict(state["ema"], state["ema_updates"])
     return state["step"]
