@@ -435,7 +435,7 @@ def resume(path: Path, dit: models.DiT, ema: runtime.Ema, optimizers: list[torch
         raise InputError(f"{path} was trained on another {args.tokenizer} (it has changed since); "
                          "choose another --out, or remove the old run")
     if any(isinstance(name, int) for name in state["optimizer"]["state"]):   # of before Muon and sharding
-        raise InputError(f"{path} numbers its parameters, as older versions did: it cannot be resumed; sample "
+        raise InputError(f"{path} numbers its parameters as older versions did: it cannot be resumed; sample "
                          "from it, or choose another --out")
     runtime.load_training_state(dit, optimizers, state)
     ema.load_state_dict(state["ema"], state["ema_updates"])
