@@ -49,9 +49,9 @@ HERE = Path(__file__).parent
 # is swept.  The mean's weight of the sigma-VAE is LatentLM's 0.01 of means, for 6 values.
 
 RECIPE: dict[str, Any] = dict(
-    model="vit-demo", tokenizer_steps=1500, tokenizer_batch=32,
-    dit="demo", dit_steps=1500, dit_batch=32, precision="bf16",
-    count=2000, images=1000, measured=64, features="auto", smoke=False)
+    model="vit-demo", tokenizer_steps=600, tokenizer_batch=32,
+    dit="demo", dit_steps=600, dit_batch=32, precision="bf16", optimizer="muon", lr="4e-3",
+    count=1000, images=1000, measured=32, features="auto", smoke=False)
 SMOKE = dict(tokenizer_steps=4, tokenizer_batch=4, dit_steps=4, dit_batch=4, precision="fp32", count=16,
              images=16, measured=4, features="random", smoke=True)
 FINER = 8   # times the steps of the integration that question 6 takes for exact
@@ -67,7 +67,8 @@ class Arm:
     family: str
     questions: tuple[int, ...]
     tokenizer: tuple[str, ...]
-    dit: tuple[str, ...] = ()
+    optimizer: str = ""   # of the DiT, and its rate; empty: the recipe's
+    lr: str = ""
     seed: int = 0
 
     @property
@@ -79,9 +80,8 @@ def table_of_arms(seeds: int = 3) -> list[Arm]:
     """Every arm; those of questions 1, 2 and 8 with `seeds` seeds.  Seed 0 of all comes first, so that a run
     that is cut short has something to say to every question.
     """
-    def arm(family: str, value: str, questions: tuple[int, ...], *flags: str,
-            dit: tuple[str, ...] = ()) -> Arm:
-        return Arm(f"{family} {value}".strip(), family, questions, flags, dit)
+    def arm(family: str, value: str, questions: tuple[int, ...], *flags: str, **dit: str) -> Arm:
+        return Arm(f"{family} {value}", family, questions, flags, **dit)
 
     ve = ("--loss", "ve")
     arms = [arm("KL", "1e-6", (1, 6, 7, 9), "--loss", "kl", "--kl-weight", "1e-6"),
@@ -106,8 +106,8 @@ def table_of_arms(seeds: int = 3) -> list[Arm]:
                                 ("log-entropy", "log", ("0.01", "0.03", "0.1"))):
         arms += [arm(name, w, (4,), *ve, "--variance-form", form, "--lambda1", w) for w in weights]
     for name, flags in (("VE", ve), ("KL", arms[0].tokenizer)):
-        arms += [arm(f"{name} {title}", rate, (9,), *flags, dit=("--optimizer", title.lower(), "--lr", rate))
-                 for title, rate in (("AdamW", "2e-3"), ("Muon", "1e-3"), ("Muon", "4e-3"))]
+        arms += [arm(f"{name} {title}", rate, (9,), *flags, optimizer=title.lower(), lr=rate)
+                 for title, rate in (("AdamW", "1e-3"), ("AdamW", "2e-3"), ("Muon", "1e-3"))]
     repeated = [a for a in arms if {1, 2, 8} & set(a.questions)]
     return arms + [replace(a, seed=seed) for seed in range(1, seeds) for a in repeated]
 
@@ -139,7 +139,8 @@ class Plan:
         r = self.recipe
         flags = ["--model", r["model"], "--data", self.data, *self.arm.tokenizer]
         if stage == "dit":
-            flags = ["--model", r["dit"], "--precision", r["precision"], *self.arm.dit]
+            flags = ["--model", r["dit"], "--precision", r["precision"], "--optimizer",
+                     self.arm.optimizer or r["optimizer"], "--lr", self.arm.lr or r["lr"]]
         return [*(["--smoke"] if r["smoke"] else []), "--steps", str(r[f"{stage}_steps"]),
                 "--batch", str(r[f"{stage}_batch"]), "--seed", str(self.arm.seed), *flags]
 
@@ -440,7 +441,7 @@ def arithmetic(plan: Plan) -> dict[str, float]:
             {"tokenizer": tokenizer, "dit": dit}[name](*inputs)
         forward[name] = counter.get_total_flops()
     extra = 0.0
-    if "muon" in plan.arm.dit:   # five iterations x x^T, its square, and one product with x, on parts [A, B]
+    if "muon" in plan.training("dit"):   # five iterations x x^T, its square, one product with x; parts [A, B]
         for name, p in dit.named_parameters():
             if re.fullmatch(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.\w+)\.weight", name):
                 parts = {"qkv": 3, "w12": 2}.get(name.split(".")[-2], 1)

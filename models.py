@@ -423,6 +423,15 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return h * (1 + scale) + shift
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, over the last two dimensions.  [B, heads, N, d]"""
+    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and v.shape[2] <= 256:
+        # As written: forward and backward 3 times as fast as the library's at 64 tokens, as fast at 256.
+        weight = (q @ k.mT / math.sqrt(q.shape[-1])).float().softmax(-1)
+        return weight.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with optional QK-norm, then optional rotation, of q and k.  [B, N, D]"""
 
@@ -441,7 +450,7 @@ class Attention(nn.Module):
         # Norm and rotation run in float32; without the way back a bfloat16 model would attend in float32.
         q = rope(self.q_norm(q.float())).to(v.dtype)
         k = rope(self.k_norm(k.float())).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(B, N, D))
 
 
 class SwiGLU(nn.Module):
