@@ -87,7 +87,7 @@ def table_of_arms(seeds: int = 3) -> list[Arm]:
     arms = [arm("KL", "1e-6", (1, 6, 7, 9), "--loss", "kl", "--kl-weight", "1e-6"),
             arm("VE", "0.1", (1, 2, 3, 4, 5, 6, 7, 8, 9), *ve),
             arm("VE", "0.01", (1, 2, 3, 4, 5, 6, 7, 8), *ve, "--lambda1", "0.01"),
-            arm("VE", "0.001", (1, 3, 4, 5, 6, 7), *ve, "--lambda1", "0.001")]   # 0.2 dB: see results/dit
+            arm("VE", "0.001", (1, 2, 3, 4, 5, 6, 7, 8), *ve, "--lambda1", "0.001")]
     arms += [arm("KL", w, (1, 6, 7) if w == "1e-2" else (1, 7), "--loss", "kl", "--kl-weight", w)
              for w in ("1e-4", "1e-2", "0.1", "0.5", "1", "2", "8")]
     fixed = ("--loss", "sigma", "--sigma-mode", "fixed")
@@ -557,18 +557,35 @@ def cell(row: dict[str, Any], column: str) -> str:
     return f"{mean:.4g}" + (f" ± {deviation:.2g}" if count > 1 else "")
 
 
+def against(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Generation FD of a row over that of another on the seeds that both ran: a ratio for each seed, so
+    that what a seed does to both (its data, noise and labels) cancels.
+    """
+    mine, other = ({run["seed"]: value_of(run["numbers"], "fd") for run in each["runs"]}
+                   for each in (row, reference))
+    shares = [100 * (mine[seed] / other[seed] - 1) for seed in mine if seed in other]
+    if row is reference or not shares:
+        return ""
+    spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    seeds = f", {len(shares)} seeds" if len(shares) > 1 else ", 1 seed"
+    return f", {statistics.mean(shares):+.1f}{spread} % against {reference['name']}{seeds}"
+
+
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
     """The best setting of each family by generation FD, chosen on the very seeds that are shown."""
     ran = [row for row in rows if "fd" in row]
     best = {family: min((r for r in ran if r["family"] == family), key=lambda r: r["fd"][0])
             for family in dict.fromkeys(row["family"] for row in ran)}
-    lines = []
-    for family, row in best.items():
-        reference = next(iter(best.values()))
-        share = 100 * (row["fd"][0] / reference["fd"][0] - 1)
-        versus = "" if row is reference else f", {share:+.1f} % against {reference['name']}"
-        lines.append(f"* best of {family}: {row['name']}, FD {cell(row, 'fd')} (n = {row['n']}){versus}")
-    return lines
+    reference = next(iter(best.values()), None)
+    return [f"* best of {family}: {row['name']}, FD {cell(row, 'fd')} (n = {row['n']})"
+            f"{against(row, reference)}" for family, row in best.items()]
+
+
+def optimisers(rows: list[dict[str, Any]]) -> list[str]:
+    """Each optimiser and rate of question 9 against the recipe's on the same tokenizer."""
+    usual = {row["family"]: row for row in rows if "fd" in row and row["family"] in ("KL", "VE")}
+    return [f"* {row['name']}: FD {cell(row, 'fd')}{against(row, usual[row['name'].split()[0]])}"
+            for row in rows if "fd" in row and row["name"].split()[0] in usual]
 
 
 def matched(rows: list[dict[str, Any]], target: float) -> list[str]:
@@ -612,7 +629,8 @@ def write_table(number: int, rows: list[dict[str, Any]], path: Path) -> None:
              "|---|---|" + "---|" * len(shown)]
     lines += [f"| {row['name']} | {row['n'] or ''} | " + " | ".join(cell(row, c) for c in shown) + " |"
               for row in rows]
-    lines += ["", *(explanations(rows) if number == 6 else verdict(rows) if number not in (3, 5) else [])]
+    say = {3: lambda rows: [], 5: lambda rows: [], 6: explanations, 9: optimisers}.get(number, verdict)
+    lines += ["", *say(rows)]
     for default in (row for row in rows if number == 4 and row["name"] == "VE 0.1" and row["n"]):
         lines += matched(rows, default["sigma2"][0])
     runs = [run for row in rows for run in row["runs"]]

@@ -198,14 +198,36 @@ def test_tables_and_figures_are_drawn_from_the_json_alone(tmp_path):
     experiments.main(["--draw", "--results", str(tmp_path)])
     tables = {n: (tmp_path / f"question{n}.md").read_text() for n in experiments.QUESTIONS}
     assert all((tmp_path / f"question{n}.png").stat().st_size > 5000 for n in tables)
-    # mean 382, deviation sqrt((2^2 + 2^2) / 1) = 2.83; VE 340 / 382 - 1 = -11.0 %
+    # mean 382, deviation sqrt((2^2 + 2^2) / 1) = 2.83
     assert "| KL 1e-2 | 2 | 0.01 ± 0 | 29 ± 0 | 0.9 ± 0 | 382 ± 2.8 |" in tables[1]
-    assert "* best of VE: VE 0.1, FD 340 (n = 1), -11.0 % against KL 1e-2" in tables[1]
+    # on seed 0, which both ran: 340 / 380 - 1 = -10.5 %
+    assert "* best of VE: VE 0.1, FD 340 (n = 1), -10.5 % against KL 1e-2, 1 seed" in tables[1]
     assert "| KL 8 |  | not run |" in tables[1] and "not run" in tables[5]
     # sigma² 1 is half-way from 0.1 to 10 in the logarithm
     assert "* log-entropy at sigma² 1: FD 340, PSNR 27 dB, between log-entropy 0.01 and" in tables[4]
     assert "* negative variance at sigma² 1: no two arms enclose it" in tables[4]
     assert "**" not in tables[1]
+
+
+def rows_of(**distances: list[float]) -> dict[str, dict]:
+    return {name: {"name": name, "runs": [{"seed": seed, "numbers": {"generation": {"50": {"fd": fd}}}}
+                                          for seed, fd in enumerate(fds)]} for name, fds in distances.items()}
+
+
+def test_arms_are_compared_seed_by_seed():
+    """50 / 100 and 120 / 200: -50 and -40 %, mean -45, deviation 7.1; the ratio of the means is -43 %."""
+    rows = rows_of(a=[50.0, 120.0], b=[100.0, 200.0, 7.0], c=[])
+    assert experiments.against(rows["a"], rows["b"]) == ", -45.0 ± 7.1 % against b, 2 seeds"
+    assert experiments.against(rows["b"], rows["b"]) == "" == experiments.against(rows["c"], rows["b"])
+
+
+def test_optimisers_are_compared_on_their_own_tokenizer(tmp_path):
+    write_arms(tmp_path, {"KL 1e-6 seed 0": dict(fd=200.0), "VE 0.1 seed 0": dict(fd=100.0, sigma2=1.0),
+                          "VE AdamW 1e-3 seed 0": dict(fd=110.0), "KL Muon 1e-3 seed 0": dict(fd=190.0)})
+    experiments.main(["--draw", "--results", str(tmp_path)])
+    table = (tmp_path / "question9.md").read_text()
+    assert "* VE AdamW 1e-3: FD 110, +10.0 % against VE 0.1, 1 seed" in table
+    assert "* KL Muon 1e-3: FD 190, -5.0 % against KL 1e-6, 1 seed" in table
 
 
 def test_arms_of_different_sizes_are_called_incomparable(tmp_path):
