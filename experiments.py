@@ -12,7 +12,9 @@ on where it was.  Distances are in whatever features evaluate.py finds weights f
 """
 
 import argparse
+import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,8 +26,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -307,11 +310,32 @@ RUNNING: set[subprocess.Popen] = set()
 STOPPED = threading.Event()
 
 
-def execute(stage: str, flags: list[str]) -> str:
-    """Run a stage to its end.  Returns: "" or, if it failed, the last line it wrote to stderr."""
+@contextmanager
+def lock(path: Path, say: Callable[[str], None]) -> Iterator[int]:
+    """Hold the lock of a tokenizer's folders; its descriptor goes to the stages, which hold it with us.  So a
+    stage that outlived a killed run is waited for, and two runs side by side never write to one folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for attempt in itertools.count():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 0:
+                    say(f"{path.stem}: waiting for a stage of another or a killed run")
+                if STOPPED.wait(1):
+                    break   # no stage starts any more
+        yield file.fileno()
+
+
+def execute(stage: str, flags: list[str], held: int) -> str:
+    """Run a stage to its end; `held`: the lock's descriptor.  Returns: "" or, if it failed, the last line it
+    wrote to stderr.
+    """
     process = subprocess.Popen([sys.executable, str(HERE / f"{stage}.py"), *flags], text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=[held])
     RUNNING.add(process)
     if STOPPED.is_set():   # since the caller looked
         process.terminate()
@@ -339,7 +363,7 @@ def is_done(plan: Plan, results: Path, euler: list[int]) -> bool:
             and {str(n) for n in euler} <= set(found["numbers"]["generation"]))
 
 
-def run_arm(plan: Plan, results: Path, euler: list[int], say: Callable[[str], None]) -> str:
+def run_arm(plan: Plan, results: Path, euler: list[int], held: int, say: Callable[[str], None]) -> str:
     """The stages that are not done, then the arm's file.  Returns: "" or what went wrong."""
     link, cache = plan.folder("scores") / "cache", plan.out / "features"
     for folder in (link.parent, cache):
@@ -352,7 +376,7 @@ def run_arm(plan: Plan, results: Path, euler: list[int], say: Callable[[str], No
         if STOPPED.is_set():
             return "stopped"
         say(f"{plan.arm.key}: {stage} {flags[0] if stage == 'evaluate' else ''}")
-        problem = execute(stage, flags)
+        problem = execute(stage, flags, held)
         if problem:
             return f"{stage}: {problem}"
         if done.name == "trained":
@@ -368,10 +392,12 @@ def run_arm(plan: Plan, results: Path, euler: list[int], say: Callable[[str], No
 def run_group(group: list[Plan], results: Path, euler: list[int],
               say: Callable[[str], None]) -> dict[str, str]:
     """All arms of one tokenizer; its cached latents (100 MB) go when they are through.  Returns: failures."""
-    outcomes = {plan.arm.key: run_arm(plan, results, euler, say) for plan in group}
+    tokenizer = group[0].folder("tokenizer")
+    with lock(group[0].out / "locks" / f"{tokenizer.name}.lock", say) as held:
+        outcomes = {plan.arm.key: run_arm(plan, results, euler, held, say) for plan in group}
     failures = {key: problem for key, problem in outcomes.items() if problem}
     if not failures:
-        shutil.rmtree(group[0].folder("tokenizer") / "latents", ignore_errors=True)
+        shutil.rmtree(tokenizer / "latents", ignore_errors=True)
     return failures
 
 

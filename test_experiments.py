@@ -6,6 +6,8 @@ The arms here run the real stages on the built-in shapes, in this process for sp
 import importlib
 import json
 import math
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ def ran(monkeypatch) -> list[str]:
     """The stages that ran, in this process instead of one of their own."""
     names: list[str] = []
 
-    def execute(stage: str, flags: list[str]) -> str:
+    def execute(stage: str, flags: list[str], held: int) -> str:
         names.append(stage)
         try:
             importlib.import_module(stage).main(flags)
@@ -134,10 +136,10 @@ def test_an_arm_end_to_end_then_nothing_then_only_what_changed(tmp_path, ran, mo
 def test_a_killed_run_goes_on_where_it_was(tmp_path, ran, monkeypatch):
     execute = experiments.execute
 
-    def killed(stage: str, flags: list[str]) -> str:
+    def killed(stage: str, flags: list[str], held: int) -> str:
         if stage == "train_dit":
             raise KeyboardInterrupt
-        return execute(stage, flags)
+        return execute(stage, flags, held)
 
     monkeypatch.setattr(experiments, "execute", killed)
     monkeypatch.setattr(experiments, "draw", lambda results: None)
@@ -153,7 +155,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, ran, monkeypatch):
 
 
 def test_a_failed_stage_stops_its_arm_and_no_other(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "execute", lambda _, flags: "its last words" if "kl" in flags else "")
+    monkeypatch.setattr(experiments, "execute", lambda _, flags, held: "its last words" * ("kl" in flags))
     monkeypatch.setattr(experiments, "collect", lambda plan, euler: {"settings_hash": plan.arm.name})
     arms = [arm for arm in experiments.table_of_arms(1) if arm.name in ("KL 1e-4", "VE 0.3", "VE tau 2")]
     plans = [experiments.replace(plan(arm), out=tmp_path / "runs") for arm in arms]
@@ -168,9 +170,30 @@ def test_a_stage_is_a_process_of_one_thread_whose_last_line_is_kept(tmp_path, mo
     monkeypatch.setattr(experiments, "HERE", tmp_path)
     (tmp_path / "stage.py").write_text("import os, sys\nprint('a bar 1 %\\r 99 %\\rits last words', "
                                        "os.environ['OMP_NUM_THREADS'], file=sys.stderr)\n"
-                                       "sys.exit(int(sys.argv[1]))")
-    assert experiments.execute("stage", ["0"]) == ""
-    assert experiments.execute("stage", ["2"]) == "its last words 1"
+                                       "os.fstat(int(sys.argv[2]))\nsys.exit(int(sys.argv[1]))")
+    with (tmp_path / "lock").open("w") as held:
+        fd = held.fileno()
+        assert experiments.execute("stage", ["0", str(fd)], fd) == ""
+        assert experiments.execute("stage", ["2", str(fd)], fd) == "its last words 1"
+
+
+def test_a_stage_that_outlived_its_run_is_waited_for(tmp_path):
+    """The stage holds the lock after the run that took it is gone; the next run starts when it has ended."""
+    with experiments.lock(tmp_path / "locks" / "a.lock", print) as held:
+        stage = subprocess.Popen(["sleep", "60"], pass_fds=[held])
+    said, taken = [], threading.Event()
+
+    def another_run() -> None:
+        with experiments.lock(tmp_path / "locks" / "a.lock", said.append):
+            taken.set()
+
+    thread = threading.Thread(target=another_run)
+    thread.start()
+    early = taken.wait(1.5)
+    stage.kill()
+    stage.wait()
+    thread.join(20)
+    assert not early and taken.is_set() and said == ["a: waiting for a stage of another or a killed run"]
 
 
 # ------------------------------------------------------------------------------------------------------------
