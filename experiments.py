@@ -792,7 +792,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--draw", action="store_true", help="redraw tables and figures from the JSON, run nothing")
     p.add_argument("--smoke", action="store_true", help="one tiny arm end to end on the built-in shapes")
     p.add_argument("--only", nargs="+", metavar="NAME", help="arms by name, or questions by number")
-    p.add_argument("--data", default="cifar10_subset", help="folder with train/ and val/ of class folders")
+    p.add_argument("--data", default="cifar10_subset",
+                   help="folder with train/ and val/ of class folders, or cifar10, or shapes")
     p.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of both trainings")
     p.add_argument("--count", type=int, help=f"images sampled; default: {RECIPE['count']}")
     p.add_argument("--euler", type=int, nargs="+", default=[50], metavar="N",
@@ -840,9 +841,9 @@ def main(argv: list[str] | None = None) -> None:
              for arm in select(table_of_arms(args.seeds), args.only)]
     if args.list:
         return show_list(plans, args.results, args.euler)
-    if args.data != "shapes" and not Path(args.data, "train").is_dir():
-        raise InputError(f"--data {args.data}: no folder with train/ and val/ in it; the README says how "
-                         "to get the subset")
+    if args.data not in ("shapes", "cifar10") and not Path(args.data, "train").is_dir():
+        raise InputError(f"--data {args.data}: no folder with train/ and val/ of class folders in it; "
+                         "--data cifar10 takes the whole of CIFAR-10, see the README")
     failures = run_all(plans, args.results, args.euler, args.jobs)
     if list((args.results / "arms").glob("*.json")):
         draw(args.results)
