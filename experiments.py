@@ -52,7 +52,7 @@ HERE = Path(__file__).parent
 # is swept.  The mean's weight of the sigma-VAE is LatentLM's 0.01 of means, for 6 values.
 
 RECIPE: dict[str, Any] = dict(
-    model="vit-demo", tokenizer_steps=600, tokenizer_batch=32,
+    model="vit-demo", tokenizer_steps=1000, tokenizer_batch=32,
     dit="demo", dit_steps=600, dit_batch=32, precision="bf16", optimizer="muon", lr="4e-3",
     count=1000, images=1000, measured=32, features="auto", smoke=False)
 SMOKE = dict(tokenizer_steps=4, tokenizer_batch=4, dit_steps=4, dit_batch=4, precision="fp32", count=16,

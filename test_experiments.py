@@ -81,7 +81,7 @@ def test_the_stages_take_every_arm_s_flags():
             if stage != "experiments":
                 args = importlib.import_module(stage).parse(flags)
             if stage == "train_tokenizer":
-                assert (args.loss == "kl") == arm.family.startswith("KL") and args.steps == 600
+                assert (args.loss == "kl") == arm.family.startswith("KL") and args.steps == 1000
                 assert args.loss != "ve" or args.lambda2 != 1e-6 or "lambda2" not in arm.name
             if stage == "train_dit":
                 assert (args.optimizer == "adamw") == ("AdamW" in arm.name) and args.precision == "bf16"
