@@ -578,7 +578,7 @@ def value_of(numbers: dict[str, Any], column: str) -> float | None:
 
 def cell(row: dict[str, Any], column: str) -> str:
     if column not in row:
-        return "" if row["n"] else "not run"
+        return ""
     mean, deviation, count = row[column]   # questions 5 and 6 measure seed 0 alone
     return f"{mean:.4g}" + (f" ± {deviation:.2g}" if count > 1 else "")
 
@@ -653,8 +653,10 @@ def write_table(number: int, rows: list[dict[str, Any]], path: Path) -> None:
     heads = " | ".join(COLUMNS[c] for c in shown)
     lines = [f"# {number}. {question.title}", "", f"| arm | seeds | {heads} |",
              "|---|---|" + "---|" * len(shown)]
-    lines += [f"| {row['name']} | {row['n'] or ''} | " + " | ".join(cell(row, c) for c in shown) + " |"
-              for row in rows]
+    lines += [f"| {row['name']} | {row['n']} | " + " | ".join(cell(row, c) for c in shown) + " |"
+              for row in rows if row["n"]]
+    left_out = [row["name"] for row in rows if not row["n"]]
+    lines += ["", f"Not run: {', '.join(left_out)}."] if left_out else []
     say = {3: lambda rows: [], 5: lambda rows: [], 6: explanations, 9: optimisers}.get(number, verdict)
     lines += ["", *say(rows)]
     for default in (row for row in rows if number == 4 and row["name"] == "VE 0.1" and row["n"]):
