@@ -172,14 +172,15 @@ class Plan:
             ("train_dit", [*self.training("dit"), *training, "--tokenizer", str(trained), "--cache",
                            str(tokenizer / "latents"), "--out", str(dit)], dit / "trained"),
             ("evaluate", ["reconstruction", "--tokenizer", str(trained), "--limit", str(r["images"]),
-                          "--absolute", *scoring, str(found)], found)]
+                          "--relative", "0.2", "0.5", "--absolute", *scoring, str(found)], found)]
         for steps in euler:
             samples, found = scores / f"samples-{steps}", scores / f"generation-{steps}.json"
             limit = ["--limit", str(r["images"])] if r["smoke"] else []
             stages += [
                 ("sample", ["--dit", str(dit / "checkpoint.pt"), "--count", str(r["count"]), "--steps",
-                            str(steps), "--seed", str(self.arm.seed), "--precision", r["precision"], *common,
-                            "--out", str(samples)], samples / "samples.json"),
+                            str(steps), "--batch", str(r["dit_batch"]), "--seed", str(self.arm.seed),
+                            "--precision", r["precision"], *common, "--out", str(samples)],
+                 samples / "samples.json"),
                 ("evaluate", ["generation", "--samples", str(samples / "samples.npz"), *limit, *scoring,
                               str(found)], found)]
         if self.arm.seed == 0 and {5, 6} & set(self.arm.questions):
