@@ -90,7 +90,8 @@ def table_of_arms(seeds: int = 3) -> list[Arm]:
     arms = [arm("KL", "1e-6", (1, 6, 7, 9), "--loss", "kl", "--kl-weight", "1e-6"),
             arm("VE", "0.1", (1, 2, 3, 4, 5, 6, 7, 8, 9), *ve),
             arm("VE", "0.01", (1, 2, 3, 4, 5, 6, 7, 8), *ve, "--lambda1", "0.01"),
-            arm("VE", "0.001", (1, 2, 3, 4, 5, 6, 7, 8), *ve, "--lambda1", "0.001")]
+            arm("VE", "0.001", (1, 2, 3, 4, 5, 6, 7, 8), *ve, "--lambda1", "0.001"),
+            arm("VE", "0.0001", (1, 2, 3, 4, 7, 8), *ve, "--lambda1", "0.0001")]
     arms += [arm("KL", w, (1, 6, 7) if w == "1e-2" else (1, 7), "--loss", "kl", "--kl-weight", w)
              for w in ("1e-4", "1e-2", "0.1", "0.5", "1", "2", "8")]
     fixed = ("--loss", "sigma", "--sigma-mode", "fixed")
@@ -615,23 +616,19 @@ def optimisers(rows: list[dict[str, Any]]) -> list[str]:
             for row in rows if "fd" in row and row["name"].split()[0] in usual]
 
 
-def matched(rows: list[dict[str, Any]], target: float) -> list[str]:
-    """FD and PSNR of each family at sigma² = target, interpolated in log sigma² where two arms enclose it."""
-    lines = []
-    for family in dict.fromkeys(row["family"] for row in rows):
-        mine = [row for row in rows if row["family"] == family and "sigma2" in row]
-        mine.sort(key=lambda row: row["sigma2"][0])
-        pair = next(((a, b) for a, b in zip(mine, mine[1:])
-                     if a["sigma2"][0] <= target <= b["sigma2"][0] > a["sigma2"][0]), None)
-        if pair is None:
-            lines.append(f"* {family} at sigma² {target:.3g}: no two arms enclose it")
-            continue
-        low, high = (math.log(row["sigma2"][0]) for row in pair)
-        w = (math.log(target) - low) / (high - low)
-        fd, psnr = ((1 - w) * pair[0][k][0] + w * pair[1][k][0] for k in ("fd", "psnr"))
-        lines.append(f"* {family} at sigma² {target:.3g}: FD {fd:.4g}, PSNR {psnr:.4g} dB, between "
-                     f"{pair[0]['name']} and {pair[1]['name']}")
-    return lines
+def matched(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
+    """FD and PSNR of an arm beside those of another family at the same sigma², interpolated in log sigma²."""
+    target, family = row["sigma2"][0], others[0]["family"]
+    others = sorted((other for other in others if "sigma2" in other), key=lambda other: other["sigma2"][0])
+    pair = next(((a, b) for a, b in zip(others, others[1:])
+                 if a["sigma2"][0] <= target <= b["sigma2"][0] > a["sigma2"][0]), None)
+    mine = f"* at sigma² {target:.3g}: {row['name']} FD {cell(row, 'fd')}, PSNR {cell(row, 'psnr')} dB; "
+    if pair is None:
+        return mine + f"no two arms of {family} enclose it"
+    low, high = (math.log(other["sigma2"][0]) for other in pair)
+    w = (math.log(target) - low) / (high - low)
+    fd, psnr = ((1 - w) * pair[0][k][0] + w * pair[1][k][0] for k in ("fd", "psnr"))
+    return mine + f"between {pair[0]['name']} and {pair[1]['name']} FD {fd:.4g}, PSNR {psnr:.4g} dB"
 
 
 def explanations(rows: list[dict[str, Any]]) -> list[str]:
@@ -660,8 +657,9 @@ def write_table(number: int, rows: list[dict[str, Any]], path: Path) -> None:
     lines += ["", f"Not run: {', '.join(left_out)}."] if left_out else []
     say = {3: lambda rows: [], 5: lambda rows: [], 6: explanations, 9: optimisers}.get(number, verdict)
     lines += ["", *say(rows)]
-    for default in (row for row in rows if number == 4 and row["name"] == "VE 0.1" and row["n"]):
-        lines += matched(rows, default["sigma2"][0])
+    if number == 4:
+        ve = [row for row in rows if row["family"] == "VE"]
+        lines += [matched(row, ve) for row in rows if row["n"] and row["family"] != "VE"]
     runs = [run for row in rows for run in row["runs"]]
     sizes = {", ".join(f"{k} {v}" for k, v in run["recipe"].items() if k not in ("features", "smoke"))
              for run in runs}
