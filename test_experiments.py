@@ -229,8 +229,8 @@ def test_tables_and_figures_are_drawn_from_the_json_alone(tmp_path):
     assert "Not run: VE 0.001, VE 0.0001, KL 1e-4, KL 0.1, KL 0.5, KL 1, KL 2, KL 8." in tables[1]
     # sigma² 1 is half-way from 0.1 to 10 in the logarithm: 0.5 (340 + 300), 0.5 (27 + 23)
     negative, log_entropy = tables[4].split("\n* at sigma² ")[1:]
-    assert log_entropy.startswith("1: log-entropy 0.03 FD 350, PSNR 28 dB; between VE 0.01 and VE 0.1 FD 320, "
-                                  "PSNR 25 dB")
+    assert log_entropy.startswith("1: log-entropy 0.03 FD 350, PSNR 28 dB; between VE 0.01 and VE 0.1 "
+                                  "FD 320, PSNR 25 dB")
     assert negative == "50: negative variance 0.01 FD 330, PSNR 26 dB; no two arms of VE enclose it"
     assert "**" not in tables[1]
 
