@@ -545,7 +545,7 @@ QUESTIONS = {
                  "trace_correlation", "scatter")),
     6: Question(f"The sampler's error (against {FINER} times finer steps) and what the decoder bears",
                 ("relative_noise", "sampler_error", "sampler_over_sigma", "sampler_outside", "sampler_psnr",
-                 "psnr", "psnr_0.2", "psnr_0.5", "flow_loss", "fd")),
+                 "psnr", "psnr_0.2", "psnr_0.5", "rfd", "flow_loss", "fd")),
     7: Question("The trade: reconstruction given up, generation gained", ("psnr", "rfd", "fd", "kd"), "psnr"),
     8: Question("Beyond: VE on a standardised mean, without lambda2 and tau", USUAL),
     9: Question("Muon against AdamW for the DiT, and what an arm costs",
@@ -634,6 +634,7 @@ def matched(row: dict[str, Any], others: list[dict[str, Any]]) -> str:
 def explanations(rows: list[dict[str, Any]]) -> list[str]:
     """Rank correlation over the arms of generation FD with what might explain it."""
     candidates = {"the flow loss": lambda row: row["flow_loss"][0],
+                  "the reconstruction FD": lambda row: row["rfd"][0],
                   "the PSNR that noise of half the spread costs": lambda r: r["psnr"][0] - r["psnr_0.5"][0],
                   "the sampler's error over sigma": lambda row: row["sampler_over_sigma"][0]}
     ran, lines = [row for row in rows if "sampler_over_sigma" in row], []

@@ -267,11 +267,12 @@ def test_arms_of_different_sizes_are_called_incomparable(tmp_path):
 
 
 def test_what_goes_with_distance_is_ranked():
-    rows = [dict(flow_loss=(f, 0), fd=(d, 0), psnr=(30, 0), **{"psnr_0.5": (p, 0)}, sampler_over_sigma=(s, 0))
-            for f, d, p, s in ((1, 10, 20, 9), (2, 20, 22, 1), (5, 90, 21, 2))]
+    rows = [dict(flow_loss=(f, 0), rfd=(-f, 0), fd=(d, 0), psnr=(30, 0), sampler_over_sigma=(s, 0))
+            | {"psnr_0.5": (p, 0)} for f, d, p, s in ((1, 10, 20, 9), (2, 20, 22, 1), (5, 90, 21, 2))]
     found = "\n".join(experiments.explanations(rows))
     # ranks of FD 0 1 2; flow loss 0 1 2; PSNR lost 10 8 9: 2 0 1; error 9 1 2: 2 0 1
-    assert "flow loss: 1.00 (3 arms)" in found and "costs: -0.50" in found and "sigma: -0.50" in found
+    assert "flow loss: 1.00 (3 arms)" in found and "reconstruction FD: -1.00" in found
+    assert "costs: -0.50" in found and "sigma: -0.50" in found
     assert experiments.explanations(rows[:2]) == []
 
 
