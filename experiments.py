@@ -60,7 +60,7 @@ SMOKE = dict(tokenizer_steps=4, tokenizer_batch=4, dit_steps=4, dit_batch=4, pre
 FINER = 8   # times the steps of the integration that question 6 takes for exact
 
 # Seconds on one thread of a busy two-core x86-64 machine: for --list, until an arm is measured.
-SECONDS = dict(tokenizer_step=0.14, dit_step=0.35, sample_step=0.0035, other=240)
+SECONDS = dict(tokenizer_step=0.14, dit_step=0.25, sample_step=0.0022, other=140)
 
 
 @dataclass(frozen=True)
