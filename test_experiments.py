@@ -217,7 +217,7 @@ def test_tables_and_figures_are_drawn_from_the_json_alone(tmp_path):
                           "KL 1e-2 seed 1": dict(fd=384.0, psnr=29.0, sigma2=1e-2, flow_loss=0.9),
                           "VE 0.1 seed 0": dict(fd=300.0, psnr=23.0, sigma2=10.0, flow_loss=1.1),
                           "VE 0.01 seed 0": dict(fd=340.0, psnr=27.0, sigma2=0.1, flow_loss=1.1),
-                          "log-entropy 0.03 seed 0": dict(fd=350.0, psnr=28.0, sigma2=1.0),
+                          "log-entropy 0.03 seed 0": dict(fd=350.0, psnr=28.0, sigma2=10**-0.5),
                           "negative variance 0.01 seed 0": dict(fd=330.0, psnr=26.0, sigma2=50.0)})
     experiments.main(["--draw", "--results", str(tmp_path)])
     tables = {n: (tmp_path / f"question{n}.md").read_text() for n in experiments.QUESTIONS}
@@ -227,10 +227,10 @@ def test_tables_and_figures_are_drawn_from_the_json_alone(tmp_path):
     # on seed 0, which both ran: 300 / 380 - 1 = -21.1 %
     assert "* best of VE: VE 0.1, FD 300 (n = 1), -21.1 % against KL 1e-2, 1 seed" in tables[1]
     assert "Not run: VE 0.001, VE 0.0001, KL 1e-4, KL 0.1, KL 0.5, KL 1, KL 2, KL 8." in tables[1]
-    # sigma² 1 is half-way from 0.1 to 10 in the logarithm: 0.5 (340 + 300), 0.5 (27 + 23)
+    # 10^-0.5 is a quarter of the way from 0.1 to 10 in the logarithm: 340 - 40 / 4 and 27 - 4 / 4
     negative, log_entropy = tables[4].split("\n* at sigma² ")[1:]
-    assert log_entropy.startswith("1: log-entropy 0.03 FD 350, PSNR 28 dB; between VE 0.01 and VE 0.1 "
-                                  "FD 320, PSNR 25 dB")
+    assert log_entropy.startswith("0.316: log-entropy 0.03 FD 350, PSNR 28 dB; between VE 0.01 and VE 0.1 "
+                                  "FD 330, PSNR 26 dB")
     assert negative == "50: negative variance 0.01 FD 330, PSNR 26 dB; no two arms of VE enclose it"
     assert "**" not in tables[1]
 
