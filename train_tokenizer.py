@@ -1,218 +1,189 @@
-"""Train a tokenizer x -> z -> x_hat with the VE loss or one of its baselines (Sec. 4 of the paper).
+"""Stage 1: train a tokenizer x -> z -> x_hat with the VE loss (Sec. 4).
 
-    laptop       python train_tokenizer.py                      # VE on built-in shapes, minutes on a CPU
-    one GPU      python train_tokenizer.py --preset vavae-f16d32 --data imagenet
-    eight GPUs   torchrun --nproc_per_node=8 train_tokenizer.py --preset vavae-f16d32 --data imagenet
+    laptop      python train_tokenizer.py
+    one GPU     python train_tokenizer.py --preset vavae-f16d32 --data DIR
+    eight GPUs  torchrun --nproc_per_node=8 train_tokenizer.py
+                    --preset vavae-f16d32 --data DIR
 
---loss ve     L_rec + lambda1 / (sigma^2 + delta) + lambda2 exp(|z| - tau)      Eqs. 9-11; --variance-form
---loss kl     L_rec + beta KL                                                   Eq. 1
---loss sigma  L_rec + w |mean|^2, the noise fixed in advance                    sigma-VAE
---loss none   L_rec, no noise at all
+--loss names the objective.  L_rec is the absolute error plus LPIPS.  Every term
+is summed over C, H, W and averaged over the batch.
 
-A run that was killed goes on from --out's checkpoint.pt when the command is repeated, to the same numbers.
+    ve                  L_rec + lambda1 / (sigma^2 + delta)
+                              + lambda2 exp(|z| - tau)           Eqs. 9-11
+    kl                  L_rec + beta KL                          Eq. 1
+    sigma               L_rec + w mean^2, the noise is fixed     sigma-VAE
+    none                L_rec, there is no noise
+    log-entropy         as ve, with -lambda1 log sigma^2         Analyze 2
+    negative-variance   as ve, with -lambda1 sigma^2             Analyze 2
+
+--out receives checkpoint.pt, log.jsonl and images/.  After a crash the same
+command goes on from the checkpoint, and ends with the same numbers.
 """
 
 import argparse
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import runtime  # before torch, because it says how idle threads wait
+
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
+import checkpoints
 import data
-import features
+import frozen
 import losses
 import metrics
 import models
-import runtime
+from losses import (exponential_magnitude, inverse_variance, kl_divergence, log_entropy,
+                    negative_variance, square_magnitude)
 from runtime import InputError, Runtime
 
-# ------------------------------------------------------------------------------------------------------------
-# Knobs.  A preset is a row of defaults; any flag overrides it.  The learning rate is the paper's 2.5e-5 at
-# batch 64 for the f16 tokenizers and is never scaled behind your back.  The discriminator's start counts
-# *batches*: VA-VAE's "5001" counts the steps of two optimisers.  The alignment's weight and margins are those
-# of its third stage, which the paper "mainly" follows.
+# ------------------------------------------------------------------------------
+# A preset is a row of defaults, and any flag overrides it.  The paper trains at
+# 2.5e-5 with batches of 64 and "mainly" follows the third stage of VA-VAE.  The
+# discriminator starts at batch 2,501: VA-VAE's 5,001 counts two optimisers.
 
-PAPER = dict(size=256, batch=64, lr=2.5e-5, perceptual_weight=1.0, disc_weight=0.5, align_weight=0.0)
+ALL = dict(
+    perceptual_weight=0.0, disc_weight=0.0, align_weight=0.0, ve_warmup=0,
+    # These have no flags: the steps in which the rate rises, the share of the
+    # steps in which it falls to 0 at the end, the steps between lines of the
+    # log, and the number of held-out images.
+    warmup=100, cooldown=0.0, log_every=50, val_images=256)
+PAPER = ALL | dict(lambda1=0.1, size=256, batch=64, lr=2.5e-5, save_every=5000,
+                   perceptual_weight=1.0, disc_weight=0.5)
 VAVAE = PAPER | dict(model="f16d32", align_weight=0.1)
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": dict(model="vit-demo", size=32, batch=32, lr=1e-3, steps=1500, perceptual_weight=0.0,
-                 disc_weight=0.0, align_weight=0.0),
-    "ldm-f16d16": PAPER | dict(model="f16d16", steps=200_182),   # 10 epochs of ImageNet
-    "vavae-f16d32": VAVAE | dict(steps=320_292),   # 16 epochs
-    "vavae-f16d32-finetune": VAVAE | dict(steps=100_091, disc_start=0, ve_warmup=1000),   # 5 epochs
+PRESETS = {
+    "demo": ALL | dict(model="vit-shapes", lambda1=1e-3, size=32, batch=16, lr=3e-3,
+                       steps=2000, cooldown=0.8, precision="bf16"),
+    "ldm-f16d16": PAPER | dict(model="f16d16", steps=200_182),    # 10 epochs
+    "vavae-f16d32": VAVAE | dict(steps=320_292),                  # 16 epochs
+    "vavae-f16d32-finetune": VAVAE | dict(steps=100_091, disc_start=0,
+                                          ve_warmup=1000),        # 5 epochs
 }
-VARIANCE_FORMS: dict[str, Callable[[Tensor, float], Tensor]] = {   # of --loss ve, on logvar and delta
-    "inverse": lambda logvar, delta: losses.inverse_variance(logvar, delta),
-    "negative": lambda logvar, delta: losses.negative_variance(logvar),
-    "log": lambda logvar, delta: losses.log_entropy(logvar),
-}
-FREE = {"steps", "log_every", "save_every", "image_every", "workers", "device", "out", "smoke", "eval_images"}
-SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, image_every=4, eval_images=8, stats_images=8,
+SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, val_images=8,
              workers=0, out=Path("runs/smoke/tokenizer"))
+# A run may go on with other values of these.
+FREE = {"steps", "save_every", "log_every", "workers", "device", "out", "smoke",
+        "compile", "recompute"}
+LOSSES = "ve", "kl", "sigma", "none", "log-entropy", "negative-variance"
+ANALYZE2 = {"log-entropy": log_entropy, "negative-variance": negative_variance}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--preset", choices=PRESETS, default="demo",
-                   help="defaults for model, size, batch, lr, steps (epochs of ImageNet), LPIPS, "
-                   "discriminator and alignment")
-    p.add_argument("--data", default="shapes", help="'shapes', 'cifar10', or a folder of class folders")
-    p.add_argument("--size", type=int, help="image side in pixels")
-    p.add_argument("--model", choices=models.AUTOENCODERS, help="row of models.AUTOENCODERS")
-    p.add_argument("--latent-norm", action="store_true",
-                   help="ViT: divide the mean of each token by its RMS over the channels, as GAE does")
-    p.add_argument("--standardize-mean", action="store_true",
-                   help="batch statistics give every channel of the mean unit deviation: ve then leaves "
-                   "Eq. 10 out, lambda2 and tau with it")
-    p.add_argument("--export", type=Path, metavar="FILE",
-                   help="train nothing: write the run in --out as a VA-VAE checkpoint, for LightningDiT")
-    p.add_argument("--out", type=Path, default=Path("runs/tokenizer"), help="folder of checkpoint and log")
-    g = p.add_argument_group("loss (weights are for sums over C*H*W, averaged over the batch)")
-    g.add_argument("--loss", choices=["ve", "kl", "sigma", "none"], default="ve", help="what acts on z")
-    g.add_argument("--variance-form", choices=VARIANCE_FORMS, default="inverse", help="ve: what expands "
-                   "sigma: 1 / (sigma^2 + delta), or Analyze 2's -sigma^2 or -log sigma^2")
-    g.add_argument("--lambda1", type=float, default=0.1, help="ve: weight of that form, Eq. 9")
-    g.add_argument("--lambda2", type=float, default=1e-6, help="ve: weight of exp(|z| - tau), Eq. 10")
-    g.add_argument("--tau", type=float, default=1.0, help="ve: tau of Eq. 10")
-    g.add_argument("--delta", type=float, default=1e-6, help="ve: delta of Eq. 9, below any sigma^2 wanted")
-    g.add_argument("--kl-weight", type=float, default=1e-6, help="kl: beta of Eq. 1")
-    g.add_argument("--sigma", type=float, default=0.2, help="sigma: standard deviation of the noise")
-    g.add_argument("--sigma-mode", choices=["fixed", "gaussian"], default="gaussian",
-                   help="sigma: one scale for all, or one scale per image, |N(0, sigma/0.8)|")
-    g.add_argument("--mean-weight", type=float, default=0.24,
-                   help="sigma: weight of |mean|^2 (LatentLM's 0.01 of means is 0.24 of sums for f16d32)")
-    g.add_argument("--perceptual-weight", type=float, help="weight of N_x * LPIPS; 0 needs no VGG weights")
-    g.add_argument("--disc-weight", type=float, help="weight of the adversarial loss; 0: no discriminator")
-    g.add_argument("--disc-start", type=int, default=2501, help="batches before the autoencoder hears of it")
-    g.add_argument("--disc-warmup", type=int, default=0, help="batches the discriminator learns before that")
-    g.add_argument("--disc-adaptive", action=argparse.BooleanOptionalAction, default=True,
-                   help="scale it to the reconstruction's gradient at the decoder's last layer; otherwise by "
-                   "C*H*W, which makes 0.5 the constant weight of GAE")
-    g.add_argument("--align-weight", type=float, help="weight of VA-VAE's alignment to --teacher, relative "
-                   "to the reconstruction's gradient at the encoder's last layer; 0 needs no teacher")
-    g.add_argument("--align-margins", type=float, nargs=2, default=(0.25, 0.5), metavar=("MDMS", "MCOS"),
-                   help="what its distance-matrix and cosine losses forgive")
-    g.add_argument("--teacher", default="dinov2_vitl14", help="dinov2_vits14, _vitb14 or _vitl14, a file of "
-                   "their weights, or module:function: [B, 3, H, W] in [-1, 1] -> [B, D, h, w] as the latent")
-    g.add_argument("--teacher-normalize", action=argparse.BooleanOptionalAction, default=False,
-                   help="give DINOv2 ImageNet's mean and deviation, which VA-VAE's training left out")
-    g.add_argument("--reduction", choices=["sum", "mean"], default="sum",
-                   help="mean divides the whole objective by C*H*W: the same gradients, scaled")
-    g = p.add_argument_group("optimisation (AdamW, betas 0.5 and 0.9, constant rate after a linear warm-up)")
-    g.add_argument("--steps", type=int, help="optimiser steps in all")
-    g.add_argument("--batch", type=int, help="images per step, over all processes")
-    g.add_argument("--lr", type=float, help="learning rate, used as it is unless --scale-lr")
-    g.add_argument("--scale-lr", action="store_true", help="multiply it by --batch over the preset's batch")
-    g.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    g.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW; the paper does not state it")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm, of objective / (C*H*W)")
-    g.add_argument("--accumulate", type=int, default=1, help="parts in which a process takes its batch")
-    g.add_argument("--init", type=Path, help="start from this checkpoint, ours or VA-VAE's or LDM's")
-    g.add_argument("--init-sigma", type=float, help="with --init: set every posterior's sigma to this value")
-    g.add_argument("--ve-warmup", type=int, default=0, help="steps over which lambda1 grows from 0")
-    g.add_argument("--recompute-decoder", action="store_true",
-                   help="keep no activations of the decoder's levels: less memory, a second forward")
-    g.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
-    g = runtime.add_running_flags(p, image_every=500)
-    g.add_argument("--eval-images", type=int, default=256, help="held-out images for these metrics")
-    g.add_argument("--stats-images", type=int, default=2000, help="images for the latent's mean and std")
-    first, _ = p.parse_known_args(argv)
-    p.set_defaults(**PRESETS[first.preset] | (SMOKE if first.smoke else {}))
-    return p.parse_args(argv)
+    p = runtime.Parser(__doc__)
+    count, natural = runtime.positive_int, runtime.natural_int
+    weight, positive = runtime.non_negative, runtime.positive
+    add = p.add_argument
+    add("--preset", choices=PRESETS, default="demo", help="row of defaults")
+    add("--data", default="shapes", help="shapes, cifar10, or a folder of class folders")
+    add("--size", type=count, help="side of the images in pixels")
+    add("--model", choices=models.AUTOENCODERS, help="row of models.AUTOENCODERS")
+    add("--init", type=Path, help="start from these weights: ours, VA-VAE's or LDM's")
+    add("--out", type=Path, default=Path("runs/tokenizer"), help="folder of the run")
+
+    add = p.add_argument_group("objective (sums over C, H, W)").add_argument
+    add("--loss", choices=LOSSES, default="ve", help="what acts on the latent")
+    add("--lambda1", type=weight, help="weight of Eq. 9")
+    add("--lambda2", type=weight, default=1e-6, help="weight of Eq. 10")
+    add("--tau", type=float, default=1.0, help="tau of Eq. 10")
+    add("--delta", type=positive, default=1e-6, help="delta of Eq. 9")
+    add("--ve-warmup", type=natural, help="steps over which lambda1 grows from 0")
+    add("--kl-weight", type=weight, default=1e-6, help="kl: beta of Eq. 1")
+    add("--sigma", type=positive, default=0.2, help="sigma: deviation of the noise")
+    add("--sigma-mode", choices=["fixed", "gaussian"], default="gaussian",
+        help="sigma: one deviation for all images, or N(0, sigma / 0.8) for each")
+    add("--mean-weight", type=weight, default=0.24, help="sigma: weight of mean^2; "
+        "0.24 of sums is LatentLM's 0.01 of means for f16d32")
+    add("--perceptual-weight", type=weight, help="weight of LPIPS")
+    add("--disc-weight", type=weight, help="weight of the adversarial loss, relative "
+        "to L_rec's gradient at the decoder's last layer; 0 for none")
+    add("--disc-start", type=natural, default=2501, help="step at which it begins")
+    add("--align-weight", type=weight, help="weight of VA-VAE's alignment, relative "
+        "to L_rec's gradient at the encoder's last layer; 0 for none")
+    add("--teacher", default="dinov2_vitl14", help="what it aligns to: this, _vitb14, "
+        "_vits14, a file of their weights, or module:function")
+
+    add = p.add_argument_group("optimisation (AdamW)").add_argument
+    add("--steps", type=count, help="optimiser steps in all")
+    add("--batch", type=count, help="images in a step, over all processes")
+    add("--accumulate", type=count, default=1, help="parts of a process's batch")
+    add("--lr", type=positive, help="learning rate")
+    add("--clip", type=positive, default=1.0, help="largest gradient norm, per pixel")
+    add("--recompute", action="store_true", help="decoder: less memory, more time")
+    add("--compile", action="store_true", help="torch.compile the tokenizer")
+    runtime.add_running_flags(p)
+    return p.parse(argv, PRESETS, SMOKE)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The objective, Eq. 1 or Eq. 11, as a module so that DDP sees one forward.  Terms come back unweighted, and
-# the weights are named beside them, so the log shows what the optimiser added up.
+# ------------------------------------------------------------------------------
+# The reconstruction, and two more losses where they have a weight: VA-VAE's
+# alignment and VQGAN's adversary.  Each of these brings a network of its own,
+# which trains with the tokenizer.
 
 
-class Objective(nn.Module):
-    """forward(x, eps, scale) -> (terms, moments, x_hat); terms: every loss of the batch, [] each,
-    unweighted.
-    """
+class Reconstruction:
+    """L_rec: the absolute error, plus LPIPS where it has a weight."""
 
-    def __init__(self, autoencoder: models.Tokenizer, args: argparse.Namespace, rt: Runtime) -> None:
-        super().__init__()
-        self.autoencoder, self.autocast = autoencoder, lambda: rt.autocast(args.precision)
-        self.loss, self.delta, self.tau = args.loss, args.delta, args.tau
-        self.form, self.standardized = VARIANCE_FORMS[args.variance_form], args.standardize_mean
-        self.posterior = dict(loss=args.loss, sigma=args.sigma, sigma_mode=args.sigma_mode)
-        self.weights = {"rec": 1.0, "lpips": args.perceptual_weight, "var": args.lambda1, "reg": args.lambda2,
-                        "kl": args.kl_weight, "mean": args.mean_weight}
-        # In a list, LPIPS is no submodule: it enters neither checkpoint, nor .train(), nor DDP.
-        self.lpips = [losses.load_lpips().to(rt.device)] if args.perceptual_weight else []
-        self.teacher, self.margins = None, args.align_margins
-        if args.align_weight:
-            self.teacher, width = open_teacher(autoencoder, args, rt)
-            self.projection = nn.Conv2d(autoencoder.channels, width, 1, bias=False).to(rt.device)
+    def __init__(self, perceptual_weight: float, device: torch.device) -> None:
+        self.weight = perceptual_weight
+        if self.weight:
+            self.lpips = frozen.load_lpips().to(device)
 
-    def forward(self, x: Tensor, eps: Tensor, scale: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        with self.autocast():
-            moments = self.autoencoder.encode(x)
-        z = losses.sample_posterior(moments, eps, scale, **self.posterior)
-        with self.autocast():
-            x_hat = self.autoencoder.decode(z)
-        mean, logvar = losses.split_moments(moments)
-        terms = self.reconstruction(x_hat, x)
-        if self.teacher:
-            terms["align"] = self.alignment(x, z)
-        if self.loss == "ve":
-            terms["var"] = self.form(logvar, self.delta)
-            if not self.standardized:
-                terms["reg"] = losses.exponential_magnitude(z, self.tau)
-        elif self.loss == "kl":
-            terms["kl"] = losses.kl_divergence(mean, logvar)
-        elif self.loss == "sigma":
-            terms["mean"] = losses.square_magnitude(mean)
-        return terms, moments.detach(), x_hat
-
-    def reconstruction(self, x_hat: Tensor, x: Tensor) -> dict[str, Tensor]:
-        terms = {"rec": losses.absolute_error(x_hat, x)}
-        if self.lpips:
-            terms["lpips"] = losses.perceptual_error(self.lpips[0], x_hat, x)
-        return terms
-
-    def alignment(self, x: Tensor, z: Tensor) -> Tensor:
-        """VA-VAE's L_mdms + L_mcos of the projected sample z, which the decoder takes unprojected."""
-        with torch.no_grad(), self.autocast():
-            target = self.teacher(x).float()
-        projected = self.projection(z)
-        return (losses.marginal_distance_matrix(projected, target, self.margins[0])
-                + losses.marginal_cosine(projected, target, self.margins[1]))
+    def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        rec = losses.absolute_error(x_hat, x)
+        if self.weight:
+            rec = rec + self.weight * losses.perceptual_error(self.lpips, x_hat, x)
+        return rec
 
 
-def open_teacher(autoencoder: models.Tokenizer, args: argparse.Namespace,
-                 rt: Runtime) -> tuple[Callable[[Tensor], Tensor], int]:
-    """--teacher as a function (no submodule, like LPIPS), and the width of its features."""
-    side = args.size // autoencoder.stride
-    teacher = features.load_teacher(args.teacher, side, args.teacher_normalize)
-    if isinstance(teacher, nn.Module):
-        teacher = teacher.eval().requires_grad_(False).to(rt.device).__call__
-    with torch.no_grad():
-        shape = list(teacher(torch.zeros(1, 3, args.size, args.size, device=rt.device)).shape)
-    if len(shape) != 4 or shape[2:] != [side, side]:
-        raise InputError(f"--teacher {args.teacher} gives {shape} for one image: [1, D, {side}, {side}], the "
-                         "grid of the latent, is needed")
-    return teacher, shape[1]
+class Alignment:
+    """Draws the latent to the features of a frozen teacher."""
+
+    name, start, maximum = "align", 0, 1e8
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        self.weight, self.layer = args.align_weight, tokenizer.encoder_last_layer
+        self.teacher = frozen.load_teacher(args.teacher, args.size // tokenizer.stride)
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.to(rt.device)
+        x = torch.zeros(1, 3, args.size, args.size, device=rt.device)
+        grid, shape = tokenizer.posterior(x)[0].shape[2:], self.features(x).shape
+        if len(shape) != 4 or shape[2:] != grid:
+            raise InputError(f"--teacher {args.teacher} gives {list(shape)} for one "
+                             f"image: the latent needs [1, D, {grid[0]}, {grid[1]}]")
+        net = nn.Conv2d(tokenizer.channels, shape[1], 1, bias=False).to(rt.device)
+        self.network, self.parts = rt.wrap(net), {"projection": net}
+        self.parameters = list(net.parameters())
+
+    def learn(self, lr: float) -> None:
+        """The projection learns with the tokenizer, in its optimiser."""
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        return self.teacher(x).float()
+
+    def loss(self, x: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
+        """L_mdms + L_mcos of the sample z, projected to the features' width."""
+        pair = self.network(z), self.features(x)
+        return losses.marginal_distance_matrix(*pair) + losses.marginal_cosine(*pair)
 
 
 class Adversary:
-    """VQGAN's discriminator with its optimiser.  `fool` is the autoencoder's side, `learn` the
-    discriminator's.
+    """A discriminator, which learns to tell x from x_hat."""
 
-    Real and reconstructed images pass separately: together they would share BatchNorm's statistics, which
-    belong to one process's part of a batch.
-    """
+    name, maximum = "adv", 1e4
 
     class Both(nn.Module):
-        """forward(x, x_hat) -> logits of both, in one forward for DDP."""
+        """Logits of x and of x_hat, in the one forward that DDP expects.
+
+        The two pass separately, because together they would share the
+        statistics of the batch normalisation.
+        """
 
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
@@ -221,362 +192,296 @@ class Adversary:
         def forward(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
             return self.net(x).float(), self.net(x_hat).float()
 
-    def __init__(self, args: argparse.Namespace, rt: Runtime) -> None:
-        self.args, self.rt = args, rt
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        self.weight, self.layer = args.disc_weight, tokenizer.last_layer
+        self.start, self.autocast = args.disc_start, lambda: rt.autocast(args.precision)
         self.net = models.PatchGAN().to(rt.device, memory_format=torch.channels_last)
-        self.both = rt.wrap(self.Both(self.net))
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=args.lr, betas=(0.5, 0.9),
-                                           weight_decay=args.weight_decay, fused=True)
+        self.network = rt.wrap(self.Both(self.net))
+        self.optimizer = adamw(self.net.parameters(), args.lr)
+        self.parameters: list[Tensor] = []   # none that the tokenizer's optimiser trains
+        self.parts = {"discriminator": self.net, "disc_optimizer": self.optimizer}
+        self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def fool(self, x_hat: Tensor) -> Tensor:
-        """-E D(x_hat); no gradient reaches the discriminator."""
+    def loss(self, x: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
+        """What the tokenizer minimises.  The pair is kept to learn from."""
+        self.pairs.append((x, x_hat.detach()))
         self.net.requires_grad_(False)
-        with self.rt.autocast(self.args.precision):
+        with self.autocast():
             return losses.hinge_generator(self.net(x_hat).float())
 
-    def state(self) -> dict[str, Any]:
-        return {"discriminator": self.net.state_dict(), "disc_optimizer": self.optimizer.state_dict()}
-
-    def learn(self, pairs: list[tuple[Tensor, Tensor]], lr: float) -> dict[str, Tensor]:
-        """One step on the (x, x_hat) parts of a batch.  Returns: its loss and both mean logits."""
+    def learn(self, lr: float) -> None:
+        """One step of the discriminator on the pairs of this batch."""
         self.net.requires_grad_(True)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        rows = []
-        for n, (x, x_hat) in enumerate(pairs):
-            with runtime.sync_gradients(self.both, n + 1 == len(pairs)):
-                with self.rt.autocast(self.args.precision):
-                    real, fake = self.both(x, x_hat)
-                loss = losses.hinge_discriminator(real, fake)
-                (loss / len(pairs)).backward()
-            rows.append(torch.stack([loss, real.mean(), fake.mean()]).detach())
+        parts, batch = len(self.pairs), map(torch.cat, zip(*self.pairs))
+        for x, x_hat in runtime.micro_batches(self.network, parts, *batch):
+            with self.autocast():
+                real, fake = self.network(x, x_hat)
+            (losses.hinge_discriminator(real, fake) / parts).backward()
         self.optimizer.step()
-        return dict(zip(("disc", "logits_real", "logits_fake"), torch.stack(rows).mean(0)))
+        self.pairs = []
 
 
-def balance(reference: Tensor, loss: Tensor, layer: nn.Parameter, scale: float, maximum: float) -> Tensor:
-    """scale times the ratio of both losses' gradients at `layer`, over all ranks: VQGAN's adaptive weight."""
-    gradients = [runtime.all_reduce_mean(torch.autograd.grad(a, layer, retain_graph=True)[0])
-                 for a in (reference, loss)]
-    return scale * losses.adaptive_weight(*gradients, maximum=maximum)
+def adamw(parameters: Iterable[Tensor], lr: float) -> torch.optim.AdamW:
+    """With the betas of LDM and VA-VAE.  The paper states no weight decay."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.5, 0.9), weight_decay=0.0,
+                             fused=True)
 
 
-def step_gradients(step_module: nn.Module, objective: Objective, adversary: Adversary | None,
-                   parts: list[tuple[Tensor, ...]], step: int, factor: float,
-                   args: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor, list[tuple[Tensor, Tensor]]]:
-    """Gradients of one batch, added up over its parts.  Returns: terms averaged (and each once more as the
-    optimiser sees it, NAME_weighted), moments, (x, x_hat) per part.
+def balance(rec: Tensor, loss: Tensor, other: Alignment | Adversary) -> Tensor:
+    """The weight at which `loss` pulls as hard as L_rec, times its own weight.
+
+    Both pulls are gradients at one layer, averaged over the processes.  Neither
+    KL nor VE is part of the reference.
     """
-    rows, moments, pairs = [], [], []
-    weights = objective.weights | {"var": args.lambda1 * min(1.0, (step + 1) / max(1, args.ve_warmup))}
-    autoencoder = objective.autoencoder
-    for n, (x, eps, scale) in enumerate(parts):
-        with runtime.sync_gradients(step_module, n + 1 == len(parts)):
-            terms, m, x_hat = step_module(x, eps, scale)
-            # The reference is the reconstruction alone: neither KL nor VE enters the adaptive weights.
-            reference = losses.weighted_sum({k: terms[k] for k in ("rec", "lpips") if k in terms}, weights)
-            adaptive = {}
-            if "align" in terms:
-                adaptive["align"] = (autoencoder.encoder_last_layer, args.align_weight, 1e8)
-            if adversary is not None and step >= args.disc_start:
-                terms["adv"] = adversary.fool(x_hat)
-                weights["adv"] = torch.full_like(terms["adv"], args.disc_weight * x[0].numel())
-                if args.disc_adaptive:
-                    adaptive["adv"] = (autoencoder.last_layer, args.disc_weight, 1e4)
-            for name, (layer, base, maximum) in adaptive.items():
-                weights[name] = balance(reference, terms[name], layer, base, maximum)
-            total = losses.weighted_sum(terms, weights)
-            (total * (factor / len(parts))).backward()
-        row = {k: v.detach() for k, v in terms.items()}
-        row |= {f"{k}_weighted": weights[k] * v for k, v in row.items()}
-        row |= {f"{k}_weight": weights[k] for k in ("align", "adv") if k in terms}
-        row |= {f"{k}_at_max": (weights[k] >= base * maximum).float()
-                for k, (_, base, maximum) in adaptive.items()}
-        rows.append(row)
-        moments.append(m)
-        pairs.append((x, x_hat.detach()))
-    return {k: torch.stack([row[k] for row in rows]).mean() for k in rows[0]}, torch.cat(moments), pairs
+    pulls = [torch.autograd.grad(a, other.layer, retain_graph=True)[0]
+             for a in (rec, loss)]
+    pulls = [runtime.all_reduce_mean(pull) for pull in pulls]
+    return other.weight * losses.adaptive_weight(*pulls, maximum=other.maximum)
 
 
-def noise(rt: Runtime, args: argparse.Namespace, shape: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
-    """eps [b, C, h, w] and the sigma-VAE's scale [b] of one step: a function of seed and step alone."""
-    return (runtime.global_randn(shape, rt, args.seed, "eps", step),
-            runtime.global_randn(shape[:1], rt, args.seed, "scale", step))
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # How well held-out images decode, and whether sigma is where Eq. 14 wants it.
 
 
 @torch.no_grad()
-def evaluate(objective: Objective, held_out: Tensor, args: argparse.Namespace, rt: Runtime) -> dict[str, Any]:
-    """PSNR of held-out images through the posterior's mean and through a sample, the latent's summary, a
-    picture, and for VE the balance ratio
+def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
+             rec_of: Callable[[Tensor, Tensor], Tensor], picture: Path
+             ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Scores of held-out images [N, 3, H, W], and the statistics of their z.
 
-        R = ( L_rec(sample) - L_rec(mean) ) / ( lambda1 sum 1 / (sigma^2 + delta) )
+    The picture has four rows: inputs, what is decoded from the posterior's mean
+    and from a sample, and log sigma (bright is wide).
 
-    1 at the equilibrium of Eq. 14 where Eq. 8 holds; up to 2 where L_rec grows like sigma; far below 1 while
-    sigma is still growing.
+    `balance` is what the sample's noise adds to L_rec, over the sum of
+    1 / sigma^2.  At the equilibrium of Eq. 14 it equals lambda1.
     """
-    objective.eval()
-    moments, zs, decoded, error = [], [], [], torch.zeros(2)
-    for i, x in enumerate(held_out.split(args.batch)):
-        x = x.to(rt.device)
-        with rt.autocast(args.precision):
-            m = objective.autoencoder.encode(x)
-        draws = runtime.generator(args.seed, "held-out", i, device=rt.device)
-        eps = torch.randn(m[:, ::2].shape, generator=draws, device=rt.device)
-        scale = torch.randn(len(x), generator=draws, device=rt.device)
-        z = losses.sample_posterior(m, eps, scale, **objective.posterior)
-        with rt.autocast(args.precision):
-            pair = [objective.autoencoder.decode(latent) for latent in (losses.split_moments(m)[0], z)]
-        error += torch.stack([len(x) * losses.weighted_sum(objective.reconstruction(x_hat, x),
-                                                           objective.weights) for x_hat in pair]).cpu()
-        moments.append(m.cpu())
-        zs.append(z.cpu())
-        decoded.append(torch.stack(pair).cpu())
-    objective.train()
-    moments, z, (from_mean, from_sample) = torch.cat(moments), torch.cat(zs), torch.cat(decoded, 1)
-    mean, logvar = losses.split_moments(moments)
-    scores = {"psnr_mean": metrics.psnr(data.to_uint8(from_mean), data.to_uint8(held_out)).mean().item(),
-              "psnr_sample": metrics.psnr(data.to_uint8(from_sample), data.to_uint8(held_out)).mean().item()}
-    if args.loss == "ve" and args.lambda1 and args.variance_form == "inverse":
-        cost = (error[1] - error[0]) / len(held_out)
-        scores["balance"] = (cost / (args.lambda1 * losses.inverse_variance(logvar, args.delta))).item()
-    return scores | metrics.latent_summary(mean, logvar, z, args.loss in ("ve", "kl")) | {
-        "picture": picture(held_out, from_mean, from_sample, moments, args.loss)}
+    tokenizer.eval()
+    rows, cost = [], 0.0
+    device = next(tokenizer.parameters()).device
+    for k, x in enumerate(images.to(device).split(32)):
+        mean, logvar = tokenizer.posterior(x)
+        draws = runtime.generator(seed, "held-out", k, device=device)
+        eps = torch.randn(mean.shape, generator=draws, device=device)
+        scale = torch.randn(len(x), generator=draws, device=device)
+        z = tokenizer.sample(mean, torch.exp(0.5 * logvar), eps, scale)
+        pair = tokenizer.decode(mean), tokenizer.decode(z)
+        of_mean, of_sample = (rec_of(x_hat, x).item() for x_hat in pair)
+        cost += (of_sample - of_mean) * len(x) / len(images)
+        rows.append([a.cpu() for a in (mean, logvar, z, *pair)])
+    tokenizer.train()
+    mean, logvar, z, *pair = (torch.cat(column) for column in zip(*rows))
+    scores = metrics.latent_summary(mean, logvar, z, tokenizer.learns_sigma)
+    for name, x_hat in zip(("psnr_mean", "psnr_sample"), pair):
+        psnr = metrics.psnr(data.to_uint8(x_hat), data.to_uint8(images))
+        scores[name] = psnr.mean().item()
+    rows = [a[:12] for a in (images, *pair)]
+    if tokenizer.learns_sigma:
+        scores["balance"] = cost / inverse_variance(logvar).item()
+        rows.append(sigma_map(logvar[:12], images.shape[-2:]))
+    with runtime.atomic(picture) as file:
+        save_image(torch.cat(rows).clamp(-1, 1) / 2 + 0.5, file, nrow=len(rows[0]))
+    std, mean = torch.std_mean(z.transpose(0, 1).flatten(1), dim=1)
+    return scores, {"latent_mean": mean, "latent_std": std}
 
 
-def picture(x: Tensor, from_mean: Tensor, from_sample: Tensor, moments: Tensor, loss: str,
-            n: int = 12) -> Tensor:
-    """Rows: input, decoded mean, decoded sample and, where sigma is learned, its map (bright = wide).  [3,
-    H, W].
-    """
-    rows = [x[:n], from_mean[:n], from_sample[:n]]
-    if loss in ("ve", "kl"):
-        log_sigma = losses.split_moments(moments[:n])[1].mean(1, keepdim=True)
-        log_sigma = nn.functional.interpolate(log_sigma, size=x.shape[-2:])
-        low, high = log_sigma.min(), log_sigma.max()
-        rows.append((2 * (log_sigma - low) / (high - low).clamp(min=1e-6) - 1).expand(-1, 3, -1, -1))
-    return make_grid(torch.cat(rows).clamp(-1, 1) / 2 + 0.5, nrow=min(n, len(x)), padding=2)
+def sigma_map(logvar: Tensor, size: tuple[int, int]) -> Tensor:
+    """log sigma as images [B, 3, *size] that span [-1, 1]."""
+    a = nn.functional.interpolate(logvar.mean(1, keepdim=True), size=size)
+    low, high = a.min(), a.max()
+    a = 2 * (a - low) / (high - low).clamp(min=1e-6) - 1
+    return a.expand(-1, 3, -1, -1)
 
 
-@torch.no_grad()
-def latent_statistics(objective: Objective, dataset: Any, args: argparse.Namespace,
-                      rt: Runtime) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the sampled z per channel, over --stats-images training images: [C], [C]."""
-    objective.eval()
-    total = torch.zeros(3, objective.autoencoder.channels, dtype=torch.float64, device=rt.device)
-    batch = max(1, args.batch // rt.world)
-    for b in data.once(dataset, batch, rt.rank, rt.world, limit=args.stats_images, device=rt.device):
-        x = b["x"]
-        with rt.autocast(args.precision):
-            m = objective.autoencoder.encode(x)
-        shape = (len(x), objective.autoencoder.channels, *m.shape[2:])
-        draws = [runtime.generator(args.seed, "statistics", n) for n in b["index"].tolist()]
-        eps = torch.stack([torch.randn(shape[1:], generator=g) for g in draws]).to(rt.device)
-        scale = torch.stack([torch.randn((), generator=g) for g in draws]).to(rt.device)
-        z = losses.sample_posterior(m, eps, scale, **objective.posterior)
-        z = z.double().transpose(0, 1).flatten(1)
-        total += torch.stack([torch.full_like(total[0], z.shape[1]), z.sum(1), z.square().sum(1)])
-    objective.train()
-    n, s, s2 = runtime.all_reduce_sum(total)
-    mean = s / n
-    return mean.float().cpu(), (s2 / n - mean.square()).sqrt().float().cpu()
+# ------------------------------------------------------------------------------
+# A run begins with random weights, with those of --init, or where it stopped.
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop.
-
-
-def check(args: argparse.Namespace, autoencoder: models.Tokenizer, rt: Runtime) -> None:
-    if args.size % autoencoder.stride:
-        nearest = max(1, round(args.size / autoencoder.stride)) * autoencoder.stride
-        raise InputError(f"--size {args.size} is not a multiple of {autoencoder.stride}, the stride of "
-                         f"--model {args.model}; use {nearest}")
-    if args.size != autoencoder.config.get("image_size", args.size):
-        raise InputError(f"--model {args.model} has learned positions for {autoencoder.config['image_size']} "
-                         f"pixels; --size {args.size} needs a convolutional model")
-    if args.batch % rt.world:
-        raise InputError(f"--batch {args.batch} does not divide over {rt.world} processes")
-    for name in ("batch", "steps", "log_every", "save_every", "image_every", "eval_images", "stats_images"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    local = args.batch // rt.world
-    if args.accumulate < 1 or local % args.accumulate:
-        raise InputError(f"--accumulate {args.accumulate} does not divide the {local} images of a process")
+def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
+    """The tokenizer, which knows itself what noise its latent carries."""
+    torch.manual_seed(args.seed)   # the same weights in every process
+    noise = {"sigma": args.sigma_mode, "none": "none"}.get(args.loss, "learned")
+    sigma = args.sigma if args.loss == "sigma" else 0.0
+    row = models.AUTOENCODERS[args.model]
+    tokenizer = models.build_tokenizer(row | dict(noise=noise, sigma=sigma))
+    size, stride = row.get("image_size", args.size), tokenizer.stride
+    if args.size != size or args.size % stride:
+        raise InputError(f"--model {args.model} cannot take --size {args.size}: it needs "
+                         f"{size}, as a multiple of {stride}")
+    if args.batch % (rt.world * args.accumulate):
+        raise InputError(f"--batch {args.batch} does not divide over {rt.world} "
+                         f"process(es) and --accumulate {args.accumulate}")
     if args.disc_weight and args.size < 32:
-        raise InputError(f"--size {args.size} is too small for the discriminator: 32, or --disc-weight 0")
-    if args.preset == "vavae-f16d32-finetune" and args.init is None:
-        raise InputError(f"--preset {args.preset} starts from a published checkpoint: give it with --init")
-    if args.init_sigma is not None and (args.init is None or args.init_sigma <= 0):
-        raise InputError("--init-sigma takes a positive sigma, and needs --init")
-    if args.init_sigma is not None and not isinstance(autoencoder, models.Autoencoder):
-        raise InputError(f"--init-sigma is for convolutional tokenizers, --model {args.model} is none")
-    if args.delta <= 0:
-        raise InputError(f"--delta must be positive, got {args.delta}")
+        raise InputError("the discriminator needs --size 32 or more, or --disc-weight 0")
+    if args.preset.endswith("finetune") and args.init is None:
+        raise InputError(f"--preset {args.preset} needs a published --init")
+    tokenizer.decoder.recompute = args.recompute
+    if args.compile:
+        tokenizer.encoder.compile()
+        tokenizer.decoder.compile()
+    return tokenizer.to(rt.device, memory_format=torch.channels_last)
 
 
-def initialise(objective: Objective, adversary: Adversary | None, args: argparse.Namespace) -> None:
-    """--init: weights from a checkpoint, with its discriminator and projection where it holds them;
-    --init-sigma on top.
+def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
+            settings: dict[str, Any]) -> int:
+    """Fill the parts from the run's checkpoint, else from `init` where given.
 
-    A beta-VAE's sigma^2 of 1e-8 would answer Eq. 9 with a gradient of 1e7 per element: set sigma, or ramp
-    lambda1.
+    A checkpoint must have been begun with the same settings.  Returns the number
+    of steps that are done.
     """
-    autoencoder = objective.autoencoder
-    with runtime.input_errors():
-        source, state = models.load_autoencoder(args.init, autoencoder.config)
-        autoencoder.load_state_dict(source.state_dict())
-        prefix, published = "loss.discriminator.", state.get("state_dict", state)
-        found = state.get("discriminator") or {k.removeprefix(prefix): v for k, v in published.items()
-                                               if k.startswith(prefix)}
-        if adversary is not None and found:
-            models.load_strict(adversary.net, found, args.init)
-        projection = state.get("projection", published.get("linear_proj.weight"))
-        if objective.teacher and projection is not None:
-            models.load_strict(objective.projection, {"weight": projection}, args.init)
-    if args.init_sigma is not None:
-        with torch.no_grad():
-            autoencoder.quant_conv.weight[autoencoder.channels:] = 0
-            autoencoder.quant_conv.bias[autoencoder.channels:] = 2 * math.log(args.init_sigma)
+    if checkpoint.exists():
+        state = checkpoints.read(checkpoint, "tokenizer")
+        runtime.check_same_command(state["config"], settings, FREE, checkpoint)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["step"]
+    if init:
+        found = checkpoints.read_tokenizer_parts(init)
+        for name in parts.keys() & found.keys():
+            checkpoints.load_strict(parts[name], found[name], init)
+    return 0
 
 
-def resume(path: Path, objective: Objective, optimizer: torch.optim.Optimizer,
-           adversary: Adversary | None, args: argparse.Namespace) -> int:
-    """Load the run in `path` if there is one.  Returns the number of steps already done."""
-    if not path.exists():
-        return 0
-    with runtime.input_errors():
-        state = models.read_kind(path, "tokenizer")
-    runtime.check_config(state["config"], runtime.plain(args), FREE, path)
-    objective.autoencoder.load_state_dict(state["model"])
-    if objective.teacher:
-        objective.projection.load_state_dict({"weight": state["projection"]})
-    optimizer.load_state_dict(state["optimizer"])
-    if adversary is not None:
-        adversary.net.load_state_dict(state["discriminator"])
-        adversary.optimizer.load_state_dict(state["disc_optimizer"])
-    return state["step"]
+# ------------------------------------------------------------------------------
 
 
-def export(args: argparse.Namespace) -> None:
-    """--export: the run in --out with VA-VAE's names, and LightningDiT's latents_stats.pt beside it."""
-    with runtime.input_errors():
-        state = models.read_kind(args.out / "checkpoint.pt", "tokenizer")
-    if state["model_config"].get("arch") == "vit":
-        raise InputError(f"{args.out} holds a ViT tokenizer: VA-VAE's form is for convolutional ones")
-    if "standardize_mean" in state["model_config"]:
-        raise InputError(f"{args.out} holds a tokenizer with a standardised mean: VA-VAE's form has none")
-    tensors = dict(state["model"])
-    tensors |= {f"loss.discriminator.{k}": v for k, v in state.get("discriminator", {}).items()}
-    tensors |= {"linear_proj.weight": state["projection"]} if "projection" in state else {}
-    runtime.save_atomic({"state_dict": tensors}, args.export)
-    statistics = args.export.with_name("latents_stats.pt")
-    runtime.save_atomic({k: state[f"latent_{k}"].view(1, -1, 1, 1) for k in ("mean", "std")}, statistics)
-    print(f"wrote {args.export} and {statistics}")
+def noise(tokenizer: models.Tokenizer, x: Tensor, batch: int, seed: int, step: int,
+          rt: Runtime) -> tuple[Tensor, Tensor]:
+    """eps of Eq. 5 [b, C, h, w], and the scale [b] that a sigma-VAE may need.
+
+    They are functions of seed and step, for any number of processes.
+    """
+    side, b = x.shape[-1] // tokenizer.stride, batch // rt.world
+    shape = b, tokenizer.channels, side, side
+    eps = runtime.global_randn(shape, rt, seed, "eps", step)
+    scale = runtime.global_randn((b,), rt, seed, "scale", step)
+    return eps[:len(x)], scale[:len(x)]   # unreadable images are left out
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.export:
-        return export(args)
     rt = runtime.start(args.device)
-    train_set = data.open_dataset(args.data, args.size, "train", args.seed)
-    held_out_set = data.open_dataset(args.data, args.size, "val", args.seed)
-    torch.manual_seed(args.seed)   # the same initial weights on every rank
-    config = models.AUTOENCODERS[args.model]
-    if args.latent_norm and "latent_norm" not in config:
-        raise InputError(f"--latent-norm is for ViT tokenizers, --model {args.model} is none")
-    if args.standardize_mean and (args.latent_norm or rt.world > 1):
-        raise InputError("--standardize-mean excludes --latent-norm, and takes its statistics from the batch "
-                         "of one process: leave that out, or start one")
-    chosen = {k: True for k in ("latent_norm", "standardize_mean") if getattr(args, k)}
-    autoencoder = models.build_autoencoder(config | chosen)
-    autoencoder.to(rt.device, memory_format=torch.channels_last)   # convolutions: 15 % faster on a CPU
-    check(args, autoencoder, rt)
-    autoencoder.decoder.recompute = args.recompute_decoder
-    if args.compile:
-        autoencoder.encoder.compile()
-        autoencoder.decoder.compile()
-    with runtime.input_errors():
-        objective = Objective(autoencoder, args, rt)
-    rate = args.lr * (args.batch / PRESETS[args.preset]["batch"] if args.scale_lr else 1)
-    parameters = list(objective.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.5, 0.9),
-                                  weight_decay=args.weight_decay, fused=True)
+    train = data.open_dataset(args.data, args.size, "train", args.seed)
+    val = data.open_dataset(args.data, args.size, "val", args.seed)
+    val = data.once(val, args.batch, limit=args.val_images)
+    val = torch.cat([part["x"] for part in val])
+
+    tokenizer = build(args, rt)
+    network = rt.wrap(tokenizer)
+    reconstruction = Reconstruction(args.perceptual_weight, rt.device)
+    others = []
+    if args.align_weight:
+        others.append(Alignment(args, tokenizer, rt))
+    if args.disc_weight:
+        others.append(Adversary(args, tokenizer, rt))
+    parts, parameters = {"model": tokenizer}, list(tokenizer.parameters())
+    for other in others:
+        parts |= other.parts
+        parameters += other.parameters
+    parts["optimizer"] = optimizer = adamw(parameters, args.lr)
     checkpoint = args.out / "checkpoint.pt"
-    adversary = Adversary(args, rt) if args.disc_weight else None
-    if args.init and not checkpoint.exists():
-        initialise(objective, adversary, args)
-    done = resume(checkpoint, objective, optimizer, adversary, args)
-    if done >= args.steps:
-        rt.print(f"{checkpoint} already has {done} steps; raise --steps to go on")
-        return
+    done = restore(parts, checkpoint, args.init, runtime.plain(args))
     log = runtime.Log(args.out / "log.jsonl", runtime.plain(args), rt, done)
-    count = sum(p.numel() for p in autoencoder.parameters())
-    rt.print(f"{args.model}: {count / 1e6:.1f} M parameters, {args.loss} on {args.data} at {args.size} px, "
-             f"batch {args.batch}, lr {rate:g}, {rt.world} process(es) on {runtime.device_name(rt.device)}"
-             + (f", resumed at step {done}" if done else ""))
 
-    step_module = rt.wrap(objective)
-    values = 3 * args.size ** 2                                   # N_x: C*H*W of an image
-    scale = 1 / values if args.reduction == "mean" else 1.0
-    side = args.size // autoencoder.stride
-    shape = (args.batch // rt.world, autoencoder.channels, side, side)
-    held_out = torch.cat([b["x"] for b in data.once(held_out_set, args.batch, limit=args.eval_images)])
-    loader = data.batches(train_set, args.batch, args.seed, done, rt.rank, rt.world, args.workers,
-                          device=rt.device)
     finite = runtime.FiniteCheck(rt.device)
-    skipped, began = 0, time.monotonic()
-    bar = tqdm(range(done, args.steps), "tokenizer", args.steps, initial=done, disable=not rt.is_main)
-    for step in bar:
-        batch = next(loader)
-        skipped += runtime.report_skipped(batch["skipped"])
+    networks = [network] + [other.network for other in others]
+    batches = data.batches(
+        train,
+        args.batch,
+        args.seed,
+        start=done,
+        rank=rt.rank,
+        world=rt.world,
+        workers=args.workers,
+        device=rt.device,
+    )
+    for step in tqdm(
+        range(done, args.steps),
+        "tokenizer",
+        initial=done,
+        total=args.steps,
+        disable=not rt.is_main,
+    ):
+        batch = next(batches)
+        runtime.report_skipped(batch["skipped"])
         x = batch["x"].contiguous(memory_format=torch.channels_last)
-        lr = optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / max(1, args.warmup))
-        optimizer.zero_grad(set_to_none=True)
-        eps, scales = noise(rt, args, shape, step)
-        parts = list(zip(*(a.chunk(args.accumulate) for a in (x, eps, scales))))
-        terms, moments, pairs = step_gradients(step_module, objective, adversary, parts, step, scale, args)
-        # --clip is stated per pixel value, so it means the same under both reductions.
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip * values * scale) / (values * scale)
-        optimizer.step()
-        if adversary is not None and step >= args.disc_start - args.disc_warmup:
-            terms |= adversary.learn(pairs, lr)
-        finite.add(step, terms | {"gradient norm": norm})
+        eps, scale = noise(tokenizer, x, args.batch, args.seed, step, rt)
+        lambda1 = args.lambda1 * min(1, (step + 1) / max(1, args.ve_warmup))
 
-        last = step + 1 == args.steps
-        if (step + 1) % args.log_every == 0 or last:
+        optimizer.zero_grad(set_to_none=True)
+        for x, eps, scale in runtime.micro_batches(
+                networks, args.accumulate, x, eps, scale):
+            with rt.autocast(args.precision):
+                mean, logvar, z, x_hat = network(x, eps, scale)
+
+            # Eq. 11, or one of the objectives with which it is compared.
+            rec = reconstruction(x_hat, x)
+            if args.loss == "ve":
+                total = (rec + lambda1 * inverse_variance(logvar, args.delta)
+                         + args.lambda2 * exponential_magnitude(z, args.tau))
+            elif args.loss == "kl":
+                total = rec + args.kl_weight * kl_divergence(mean, logvar)
+            elif args.loss == "sigma":
+                total = rec + args.mean_weight * square_magnitude(mean)
+            elif args.loss == "none":
+                total = rec
+            else:
+                total = (rec + lambda1 * ANALYZE2[args.loss](logvar)
+                         + args.lambda2 * exponential_magnitude(z, args.tau))
+            terms = {"rec": rec}
+
+            # What else draws at the tokenizer is balanced with L_rec.
+            for other in others:
+                if step >= other.start:
+                    loss = other.loss(x, z, x_hat)
+                    weight = balance(rec, loss, other)
+                    total = total + weight * loss
+                    terms |= {other.name: loss, f"{other.name}_weight": weight}
+            (total / args.accumulate).backward()
+
+        lr = runtime.learning_rate(step, args.steps, args.lr, args.warmup,
+                                   args.cooldown)
+        optimizer.param_groups[0]["lr"] = lr
+        # The bound counts per pixel value, so that it fits images of every size.
+        norm = nn.utils.clip_grad_norm_(parameters, args.clip * x[0].numel())
+        optimizer.step()
+        for other in others:
+            if step >= other.start:
+                other.learn(lr)
+        terms |= {"total": total, "grad_norm": norm / x[0].numel()}
+        finite.add(step, terms)
+
+        step += 1
+        if step % args.log_every == 0 or step == args.steps:
             finite.flush()
-            terms = runtime.mean_over_ranks(terms)
-            mean, logvar = losses.split_moments(moments)
-            z = losses.sample_posterior(moments, eps, scales, **objective.posterior)
-            log.write(step=step + 1, **terms, grad_norm=norm, skipped=skipped, lr=lr,
-                      seconds=time.monotonic() - began, memory_gib=runtime.peak_memory(rt.device),
-                      **metrics.latent_summary(mean, logvar, z, args.loss in ("ve", "kl")))
-            bar.set_postfix(rec=f"{terms['rec'].item() / values:.4f}")
-        if ((step + 1) % args.image_every == 0 or last) and rt.is_main:
-            scores = evaluate(objective, held_out, args, rt)
-            (args.out / "images").mkdir(parents=True, exist_ok=True)
-            save_image(scores.pop("picture"), args.out / "images" / f"{step + 1:07d}.png")
-            log.write(step=step + 1, held_out=scores)
-        if (step + 1) % args.save_every == 0 or last:
+            log.write(
+                step=step,
+                lr=lr,
+                **runtime.mean_over_ranks(terms),
+                **metrics.latent_summary(mean, logvar, z, tokenizer.learns_sigma),
+                memory_gib=runtime.peak_memory(rt.device),
+            )
+        if step % args.save_every == 0 or step == args.steps:
             finite.flush()
-            runtime.check_same_on_all_ranks(autoencoder)
-            latent_mean, latent_std = latent_statistics(objective, train_set, args, rt)
+            runtime.check_same_on_all_ranks(tokenizer)
             if rt.is_main:
-                runtime.save_atomic({
-                    "kind": "tokenizer", "config": runtime.plain(args), "model_config": autoencoder.config,
-                    "step": step + 1, "model": autoencoder.state_dict(), "optimizer": optimizer.state_dict(),
-                    "latent_mean": latent_mean, "latent_std": latent_std,
-                    **({"projection": objective.projection.weight.detach()} if objective.teacher else {}),
-                    **(adversary.state() if adversary else {})}, checkpoint)
+                scores, statistics = validate(
+                    tokenizer, val, args.seed, reconstruction,
+                    picture=args.out / f"images/{step:07d}.png")
+                log.write(step=step, held_out=scores)
+                state = {name: part.state_dict() for name, part in parts.items()}
+                state |= statistics | {
+                    "kind": "tokenizer",
+                    "config": runtime.plain(args),
+                    "model_config": tokenizer.config,
+                    "step": step,
+                }
+                checkpoints.save(state, checkpoint)
             runtime.barrier()
-    rt.print(f"wrote {checkpoint}; held out: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()
-                                                                  if isinstance(v, float))
-             if rt.is_main else "")
+    rt.print(f"{checkpoint} has {args.steps} steps")
 
 
 if __name__ == "__main__":

