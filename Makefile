@@ -44,7 +44,7 @@ demo-images: .venv/installed
 	$(RUN) train_dit.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt --out $(DEMO)/dit
 	$(RUN) sample.py --dit $(DEMO)/dit/checkpoint.pt --out $(DEMO)/samples
 	$(RUN) evaluate.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt \
-		--samples $(DEMO)/samples/samples.npz --out $(DEMO)/evaluation
+		--samples $(DEMO)/samples/samples.npz --limit 2000 --out $(DEMO)/evaluation
 
 test: .venv/oracles
 	$(RUN) -m pytest -q --durations=10 test_losses.py tests

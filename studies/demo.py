@@ -90,15 +90,11 @@ def draw(folder: Path) -> None:
 
 def page(folder: Path) -> str:
     """Five numbers with a sentence each, and where the pictures are."""
-    toy = json.loads((folder / "toy2d/toy2d.json").read_text())
-    invalid = {row["arm"]["name"]: 100 * row["metrics"]["invalid_share"]["mean"]
-               for row in toy["arms"]}
-    kl = next(share for name, share in invalid.items() if name.startswith("KL"))
-    ve = next(share for name, share in invalid.items() if name.startswith("VE"))
+    toy = json.loads((folder / "toy2d/toy2d.json").read_text())["arms"]
+    kl, ve = (toy[name]["invalid [%]"][0] for name in ("KL 1e-3", "VE 1e-2"))
     log = [json.loads(line) for line
            in (folder / "tokenizer/log.jsonl").read_text().splitlines()]
     held_out = [line for line in log if "held_out" in line][-1]["held_out"]
-    settled = held_out["balance"] / log[0]["config"]["lambda1"]
     report = json.loads((folder / "evaluation/results.json").read_text())
     rebuilt = rows_of(report, "reconstruction")["metrics"]
     made = rows_of(report, "generation")["metrics"]
@@ -110,7 +106,7 @@ toy, samples that left the data         {kl:.1f} % with KL, {ve:.1f} % with VE
     Lower is better.  VE should stay well below KL.
 tokenizer, images from their latents    {held_out["psnr_mean"]:.1f} dB
     Higher is better.  Above 25 dB the shapes are clean.
-tokenizer, balance of Eq. 14            {settled:.2f}
+tokenizer, balance of Eq. 14            {held_out["balance"]:.2f}
     1 is the equilibrium: sigma is as wide as lambda1 and the decoder allow.
 samples that the judge recognises       {100 * made["recognised"]:.0f} %
     It recognises {100 * made["recognised of real images"]:.0f} % of real images and \

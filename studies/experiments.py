@@ -33,17 +33,13 @@ from runtime import InputError
 from studies import answers
 
 # ------------------------------------------------------------------------------
-# The size of every arm.  The presets are the paper's, with smaller networks and
-# the absolute error alone.  `edition` goes up when the code changes what an arm
+# The size of every arm.  `edition` goes up when the code changes what an arm
 # gives: arms of another edition are run again, and not compared with these.
 
-TOKENIZER = ("--preset ldm-f16d16 --size 32 --perceptual-weight 0 --disc-weight 0 "
-             "--lr 1e-3 --save-every 500")
-DIT = "--preset lightningdit-b --ema 0.999 --save-every 500"
 RECIPE: dict[str, Any] = dict(
-    edition=2, model="vit-demo", dit="demo", tokenizer_steps=1000, dit_steps=600,
-    batch=32, precision="bf16", optimizer="muon", lr="4e-3", euler=50,
-    count=1000, measured=32, smoke=False)
+    edition=2, preset="small", tokenizer_steps=1000, dit_steps=600, batch=32,
+    precision="bf16", optimizer="muon", lr="4e-3", euler=50, count=1000,
+    measured=32, smoke=False)
 SMOKE = dict(tokenizer_steps=4, dit_steps=4, batch=4, precision="fp32", euler=2,
              count=16, measured=4, smoke=True)
 
@@ -137,9 +133,9 @@ class Plan:
         common = f"--batch {r['batch']} --seed {arm.seed}"
         optimizer = arm.dit or f"--optimizer {r['optimizer']} --lr {r['lr']}"
         return {
-            "tokenizer": f"{TOKENIZER} --model {r['model']} --data {Path(self.data).name} "
+            "tokenizer": f"--preset {r['preset']} --data {Path(self.data).name} "
                          f"--steps {r['tokenizer_steps']} {common} {arm.tokenizer}",
-            "dit": f"{DIT} --model {r['dit']} --precision {r['precision']} "
+            "dit": f"--preset {r['preset']} --precision {r['precision']} "
                    f"--steps {r['dit_steps']} {common} {optimizer}",
             "scores": f"{r['tokenizer_steps']} + {r['dit_steps']} steps of "
                       f"{r['batch']} images, {r['count']} samples by {r['euler']} "

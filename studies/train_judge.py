@@ -6,7 +6,6 @@ The judge sees real shapes only.  They are blurred a little, noisy, brighter or
 darker, so that it stays a fair judge of pictures that are not quite perfect.
 """
 
-import argparse
 from pathlib import Path
 
 import runtime  # before torch: it sets how threads wait
@@ -82,19 +81,26 @@ def report(judge: ShapesJudge, seed: int) -> None:
             print(f"    {Shapes.classes[labels[wrong]]} {wrong} is taken for {taken}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("studies/judge.pt"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    judge = train(args.seed)
-    report(judge, args.seed)
+def save(judge: ShapesJudge, path: Path) -> None:
+    """Write its weights in half precision."""
     state = {name: value.half() if value.is_floating_point() else value
              for name, value in judge.state_dict().items()}
-    with runtime.atomic(args.out) as path:
-        torch.save(state, path)
+    with runtime.atomic(path) as temporary:
+        torch.save(state, temporary)
     parameters = sum(p.numel() for p in judge.parameters())
-    print(f"wrote {args.out}: {parameters} parameters, {args.out.stat().st_size} bytes")
+    print(f"wrote {path}: {parameters} parameters, {path.stat().st_size} bytes")
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> None:
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("studies/judge.pt"),
+                        help="file of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and images")
+    args = parser.parse(argv)
+    judge = train(args.seed)
+    report(judge, args.seed)
+    save(judge, args.out)
 
 
 if __name__ == "__main__":

@@ -72,16 +72,6 @@ def test_spatial_features_run_over_height_width_channel(inception):
     assert_close(spatial[0], torch.stack(loops), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("size", [5, 299, 700])
-def test_resize_is_a_scalar_loop(size):
-    x, expected = torch.rand(size, generator=generator(0)), []
-    for i in range(299):
-        low = int(i * size / 299)
-        high, share = min(low + 1, size - 1), i * size / 299 - low
-        expected.append(x[low] + share * (x[high] - x[low]))
-    assert_close(frozen.tf1_bilinear(size) @ x, torch.stack(expected), rtol=0, atol=1e-6)
-
-
 # ------------------------------------------------------------------------------
 # Choosing features.
 
@@ -96,7 +86,7 @@ def test_only_the_inception_is_called_fid():
 def test_auto_takes_what_is_there(monkeypatch, hub):
     monkeypatch.setattr(frozen.importlib.util, "find_spec", lambda name: None)
     assert frozen.choose("shapes") == "judge"
-    with pytest.raises(InputError, match=f"put {hub}/pt_inception.*, or `pip install"):
+    with pytest.raises(InputError, match=f"provide {hub}/pt_inception.*; .*pip install"):
         frozen.load_features("auto", "cifar10", 32, CPU)
     monkeypatch.undo()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub.parent))

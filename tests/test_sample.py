@@ -130,9 +130,10 @@ def test_published_files_need_a_tokenizer_and_statistics(dit, tokenizer, tmp_pat
     flags = ["--dit", str(tmp_path / "lightningdit.pt"), "--tokenizer", str(tmp_path / "vavae.pt"),
              "--latent-stats", str(stats)]
     found = draw(Path(flags[1]), tmp_path / "out", "--preset", "lightningdit", *flags[2:], *FLAGS)
-    expected = plain_sampling(checkpoints.load_dit(dit)[0], checkpoints.load_tokenizer(tokenizer)[0],
-                              torch.zeros(4), torch.ones(4), 3, channels=3)
+    nets = checkpoints.load_dit(dit)[0], checkpoints.load_tokenizer(tokenizer)[0]
+    expected = plain_sampling(*nets, torch.zeros(4), torch.ones(4), 3, channels=3)
     assert np.abs(found - expected).max() <= 1 and expected.std() > 5
+    assert json.loads((tmp_path / "out/samples.json").read_text())["data"] is None
     assert "give --tokenizer" in refused(capsys, *flags[:2])
     assert "give --latent-stats" in refused(capsys, *flags[:4])
     checkpoints.save({"mean": torch.zeros(3), "std": torch.ones(3)}, stats)
@@ -252,7 +253,8 @@ def test_two_processes_share_the_parts(dit, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ([], dict(count=1000, steps=50, guidance=1.0, interval=[0.0, 1.0], cfg_channels=0)),
+    ([], dict(count=500, steps=25, guidance=3.0, interval=[0.0, 1.0], cfg_channels=0)),
+    (["--preset", "plain"], dict(count=1000, steps=50, guidance=1.0, cfg_channels=0)),
     (["--preset", "paper-1.70", "--count", "7"],
      dict(count=7, steps=250, guidance=1.70, interval=[0.21, 1.0], cfg_channels=0)),
     (["--preset", "paper-1.45"],
@@ -280,7 +282,7 @@ def test_files_that_do_not_belong_together_are_refused(dit, tokenizer, tmp_path,
     (["--dit", "no/such/file.pt"], "no/such/file.pt"),
     (["--tokenizer", "no/such/tokenizer.pt"], "no/such/tokenizer.pt"),
     (["--guide", "no/such/guide.pt", "--guidance", "2"], "no/such/guide.pt"),
-    (["--guide", "no/such/guide.pt"], "--guide does nothing at --guidance 1"),
+    (["--guide", "no/such/guide.pt", "--guidance", "1"], "--guide does nothing at --guidance 1"),
     (["--interval", "0.8", "0.2"], "--interval"),
     (["--count", "0"], "--count"), (["--shift", "0"], "--shift")])
 def test_wrong_input_is_one_line(dit, tmp_path, capsys, flags, message):

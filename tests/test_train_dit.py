@@ -54,8 +54,8 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def flags_of(tokenizer: Path, out: Path, *flags: str) -> list[str]:
-    return ["--smoke", "--device", "cpu", "--tokenizer", str(tokenizer), "--out", str(out),
-            "--cache", str(out.parent / "cache"), *flags]
+    return ["--smoke", "--preset", "small", "--device", "cpu", "--tokenizer", str(tokenizer),
+            "--out", str(out), "--cache", str(out.parent / "cache"), *flags]
 
 
 def train(tokenizer: Path, out: Path, *flags: str) -> dict:
@@ -66,7 +66,7 @@ def train(tokenizer: Path, out: Path, *flags: str) -> dict:
 def refused(capsys, *flags: str) -> str:
     """The one line on stderr in which the stage ends."""
     with pytest.raises(SystemExit) as stop:
-        train_dit.main(["--smoke", "--device", "cpu", *flags])
+        train_dit.main(["--smoke", "--preset", "small", "--device", "cpu", *flags])
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2
     return error[-1]
@@ -155,7 +155,8 @@ def plain_training(path: Path, optimizer: str, noise: str, uniform: bool, sample
         z, std, y = plain_posteriors(path, order, flipped)
         if sampled:
             scale = randn(4, stream="scale", step=step) if noise == "gaussian" else torch.ones(4)
-            z = z + std * scale[:, None, None, None] * randn(4, 4, 4, 4, stream="posterior", step=step)
+            noise_of_z = randn(4, 4, 4, 4, stream="posterior", step=step)
+            z = z + scale[:, None, None, None] * std * noise_of_z
         z = (z - centre[:, None, None]) / spread.sqrt()[:, None, None]
         eps = randn(4, 4, 4, 4, stream="eps", step=step)
         t = (randn(4, stream="t", step=step, draw=torch.rand) if uniform
@@ -258,8 +259,8 @@ def write_shard(path: Path, channels: int) -> None:
         offset += array.nbytes
     text = json.dumps(header).encode()
     path.parent.mkdir()
-    checkpoints.save({"mean": torch.full((1, channels, 1, 1), 3.0),
-                      "std": torch.full((1, channels, 1, 1), 2.0)}, path.parent / "latents_stats.pt")
+    checkpoints.save({name: torch.full((1, channels, 1, 1), value) for name, value in
+                      (("mean", 3.0), ("std", 2.0))}, path.parent / "latents_stats.pt")
     path.write_bytes(len(text).to_bytes(8, "little") + text
                      + b"".join(array.tobytes() for array in arrays.values()))
 
@@ -267,7 +268,8 @@ def write_shard(path: Path, channels: int) -> None:
 def test_latents_of_lightningdit_are_learned_as_they_are(tokenizer, tmp_path, monkeypatch, capsys):
     write_shard(tmp_path / "shards/latents_rank00_shard000.safetensors", 4)
     seen, interpolate = [], flow.interpolate
-    monkeypatch.setattr(flow, "interpolate", lambda z, *more: seen.append(z) or interpolate(z, *more))
+    monkeypatch.setattr(flow, "interpolate",
+                        lambda z, *more: seen.append(z) or interpolate(z, *more))
     state = train(tokenizer, tmp_path / "run", "--latents", str(tmp_path / "shards"))
     assert state["classes"] == ["0", "1", "2"]
     assert_close(state["latent_mean"], torch.full((4,), 3.0))

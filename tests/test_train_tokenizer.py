@@ -343,7 +343,7 @@ def test_a_run_starts_from_its_own_exported_weights(tmp_path, everything):
 
 def test_scores_of_a_decoder_that_copies(tmp_path):
     """x_hat = z and mean = x: rec(mean) = 0 and rec(sample) = sum |sigma eps|,
-    so the balance is that over sum 1 / sigma^2."""
+    so the noise costs that over sum 1 / sigma^2."""
     class Copy(nn.Module):
         learns_sigma = True
 
@@ -365,7 +365,7 @@ def test_scores_of_a_decoder_that_copies(tmp_path):
         Copy(), x, 0, lambda a, b: (a - b).abs().sum() / len(a), tmp_path / "a.png")
     eps = torch.randn(x.shape, generator=runtime.generator(0, "held-out", 0))
     expected = 0.5 * eps.abs().sum() / 4 / (3 * 16 * 16 / (0.5**2 + 1e-6))
-    assert scores["balance"] == pytest.approx(expected.item(), rel=1e-5)
+    assert scores["noise_cost"] == pytest.approx(expected.item(), rel=1e-5)
     assert scores["psnr_mean"] > 99 > 30 > scores["psnr_sample"]
     z = (x + 0.5 * eps).transpose(0, 1).flatten(1)
     assert_close(statistics["latent_mean"], z.mean(1))
