@@ -12,12 +12,8 @@ it replaces, then what it joins.  Nothing here needs the rest of the project:
             + 1e-6 * exponential_magnitude(z))
     loss.backward()
 
-The paper's symbols and ours:
-
-    X_0, reconstruction    x, x_hat                image in [-1, 1]
-    mu, sigma^2            mean, exp(logvar)       posterior of the latent
-    Z_0                    z                       latent
-    lambda1, lambda2       weights of Eqs. 9 and 10 in the sum of Eq. 11
+The paper's X_0 is x here, an image in [-1, 1], its mu is mean, its sigma^2 is
+exp(logvar), and its Z_0 is z.  lambda1 and lambda2 are weights in Eq. 11.
 
 What holds for every function unless it says otherwise:
 

@@ -19,7 +19,6 @@ import hashlib
 import math
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
@@ -322,15 +321,15 @@ def evaluate(model: Model, n: int) -> dict[str, dict]:
 
 
 # ------------------------------------------------------------------------------
-# Figures 1 and 2.  Every row is an arm.  The latents of all rows have one scale,
-# and a one-sigma ellipse around some of the means.  Blue and orange are Okabe and
-# Ito's, which the colour-blind can tell apart.
+# Figures 1 and 2.  Every row is an arm, and the latents of all rows have one scale.
+# Blue and orange are Okabe and Ito's, which the colour-blind can tell apart.
 
 
 def draw(arms: list[dict], title: str, path: Path) -> None:
     figure, axes = plt.subplots(len(arms), 4, figsize=(15, 4.3 * len(arms)),
                                 layout="constrained")
-    figure.suptitle(f"{title}\nGrey: the data.  Orange: what lies outside of the data.")
+    figure.suptitle(f"{title}\nGrey: the data.  Orange: what lies outside of the data."
+                    "  Ellipses: one sigma around some means.")
     reach = max(arm["points"]["z"].abs().max().item() for arm in arms)
     for row, arm in zip(axes, arms):
         points, number = arm["points"], arm["numbers"]
@@ -391,17 +390,6 @@ def run(arms: list[Arm], recipe: dict, device: torch.device, folder: Path,
     return [torch.load(path, weights_only=True) for path in paths]
 
 
-def check_writable(*folders: Path) -> None:
-    """Refuse a wrong path now, and not after the minutes of training."""
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise runtime.InputError(f"{folder}: {error.strerror}; choose another "
-                                     "--out or --json") from None
-
-
 @runtime.command
 def main(argv: list[str] | None = None) -> dict:
     parser = runtime.Parser(__doc__)
@@ -414,7 +402,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--json", type=Path, help="file of the numbers, if not OUT/toy2d.json")
     args, begin = parser.parse(argv), time.time()
     path = args.json or args.out / "toy2d.json"
-    check_writable(args.out, path.parent)
+    runtime.check_writable(args.out, path.parent)
 
     device = runtime.start(args.device).device
     torch.set_float32_matmul_precision("highest")   # TF32 is coarser than KL's error
@@ -437,10 +425,11 @@ def main(argv: list[str] | None = None) -> dict:
         "training_seconds": sum(result["seconds"] for result in results),
         "recipe": recipe, "seeds": args.seeds, "arms": numbers})
     kl, good_kl, strong_kl, ve = results[:len(ARMS)]
-    draw([kl, ve], "After a weak KL term an error of the flow leaves the data.  VE has "
-         "blurred them before.", args.out / "toy2d_figure1.png")
-    draw([good_kl, strong_kl, ve], "Stronger KL terms blur the data as VE does, or more.",
-         args.out / "toy2d_figure2.png")
+    draw([kl, ve], "With a weak KL term an error of the flow leaves the data.  With VE "
+         "the tokenizer collapses them to centre lines first, and the error adds little.",
+         args.out / "toy2d_figure1.png")
+    draw([good_kl, strong_kl, ve], "Stronger KL terms collapse the data as VE does, or "
+         "further.", args.out / "toy2d_figure2.png")
     print(f"\n{time.time() - begin:.0f} s.  See {args.out} and {path}.")
     return numbers
 

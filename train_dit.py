@@ -41,7 +41,7 @@ BASE = COMMON | dict(
     model="B", steps=80 * 1251, batch=1024, lr=2e-4, ema=0.9999, save_every=5000)
 PRESETS = {
     "demo": COMMON | dict(
-        model="shapes", steps=3000, batch=32, lr=4e-3, cooldown=1.0, ema=0.995,
+        model="shapes", steps=3300, batch=32, lr=4e-3, cooldown=1.0, ema=0.995,
         latent="mean", precision="bf16"),
     "small": COMMON | dict(model="demo", steps=3000, batch=32, lr=1e-3, ema=0.999),
     "lightningdit-b": BASE,

@@ -288,7 +288,8 @@ def evaluation(bench: Bench, size: int, smoke: bool) -> dict[str, Any]:
              "inception": inception_arms(bench, size)}
     for part, arms in parts.items():
         seconds = bench.rounds(arms)
-        values = {name: torch.as_tensor(arm()) for name, arm in arms.items()}
+        values = {name: torch.as_tensor(arm(), dtype=torch.float64)
+                  for name, arm in arms.items()}
         report[part] = {name: {
             "time_over_ours": ratio(seconds[name], seconds["ours"]),
             "difference": (values[name] - values["ours"]).abs().max().item(),

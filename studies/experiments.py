@@ -160,7 +160,8 @@ class Plan:
              f" --out {tokenizer}", tokenizer / "trained"),
             (f"train_dit.py {settings['dit']} {data} {common} --out {dit}"
              f" --tokenizer {trained} --cache {tokenizer}/latents", dit / "trained"),
-            (f"sample.py --dit {dit}/checkpoint.pt --out {scores}/samples"
+            (f"sample.py --preset plain --dit {dit}/checkpoint.pt"
+             f" --out {scores}/samples"
              f" --count {r['count']} --steps {r['euler']} --batch {r['batch']}"
              f" --seed {self.arm.seed} --precision {r['precision']} {common}",
              scores / "samples/samples.json"),

@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--json", type=Path, help="file of the numbers, if not OUT/toy2d_sweep.json")
     args = parser.parse(argv)
     path = args.json or args.out / "toy2d_sweep.json"
-    toy2d.check_writable(args.out, path.parent)
+    runtime.check_writable(args.out, path.parent)
 
     recipe = toy2d.PRESETS["small"] | (toy2d.SMOKE if args.smoke else {})
     arms = sweep(args.seed)
