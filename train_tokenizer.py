@@ -151,6 +151,7 @@ class Alignment:
     def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
                  rt: Runtime) -> None:
         self.weight, self.layer = args.align_weight, tokenizer.encoder_last_layer
+        self.autocast = lambda: rt.autocast(args.precision)
         self.teacher = frozen.load_teacher(args.teacher, args.size // tokenizer.stride)
         if isinstance(self.teacher, nn.Module):
             self.teacher.to(rt.device)
@@ -168,7 +169,8 @@ class Alignment:
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        return self.teacher(x).float()
+        with self.autocast():
+            return self.teacher(x).float()
 
     def loss(self, x: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
         """L_mdms + L_mcos of the sample z, projected to the features' width."""

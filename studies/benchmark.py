@@ -1,14 +1,13 @@
 """How fast is it?  Every time stands beside another one of the same run.
 
     laptop   python -m studies.benchmark                # the demo transformer
-             python -m studies.benchmark tokenizer --size 128
-             python -m studies.benchmark sampling --model B --steps 10
+             python -m studies.benchmark sampling --steps 10
              python -m studies.benchmark metrics > metrics.json
-    one GPU  python -m studies.benchmark dit --model XL --batch 64 --compile
+    one GPU  python -m studies.benchmark tokenizer --batch 16 --compile
 
 Seconds of one machine mean little on another.  A training step is compared with
 the largest rate at which the machine multiplies matrices, guidance in an
-interval with guidance everywhere, and our scores with other implementations.
+interval with guidance everywhere, and our scores with others.
 """
 
 import json
@@ -52,7 +51,7 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is common to all measurements.  One round more is not timed."""
+    """What is common to all measurements.  The first round is not timed."""
     rt: Runtime
     model: str
     batch: int
@@ -119,8 +118,8 @@ def tokenizer_step(bench: Bench, size: int
     optimizers = [torch.optim.AdamW(part.parameters(), lr=2.5e-5, betas=(0.5, 0.9),
                                     weight_decay=0.0, fused=True)
                   for part in (net, judge)]
-    side = size // net.stride
     x = (2 * torch.rand(bench.batch, 3, size, size) - 1).to(**layout)
+    side = size // net.stride
     eps = torch.randn(bench.batch, net.channels, side, side).to(**layout)
 
     def step(gan: bool, lpips: bool) -> None:
@@ -210,8 +209,8 @@ def dit(bench: Bench) -> dict[str, Any]:
         (flow.flow_matching(v_hat, v) + flow.cosine_velocity(v_hat, v)).backward()
         optimizer.step()
 
-    flop = 6 * multiply_adds(net.config) * bench.batch
-    return bench.shares({"step": step}, {"step": flop})
+    flop = {"step": 6 * multiply_adds(net.config) * bench.batch}
+    return bench.shares({"step": step}, flop)
 
 
 # ------------------------------------------------------------------------------
@@ -222,7 +221,6 @@ GUIDANCE, INTERVAL, SHIFT = 1.7, (0.21, 1.0), 0.3
 
 def sampling(bench: Bench, steps: int) -> dict[str, Any]:
     net, (_, noise, _, y) = build_dit(bench)
-    net.eval().requires_grad_(False)
     evaluations = {}
 
     def run(name: str, interval: tuple[float, float]) -> None:
@@ -277,16 +275,15 @@ def inception_arms(bench: Bench, size: int) -> Arms:
         torch.save(net.state_dict(), file.name)
         theirs = FeatureExtractorInceptionV3("", ["2048"], file.name)
     x = torch.randint(256, (bench.batch, 3, size, size), dtype=torch.uint8)
-    x, grad = x.to(bench.rt.device), torch.inference_mode()
-    return {name: partial(grad(lambda f: f(x)[0]), f.to(bench.rt.device))
+    x, run = x.to(bench.rt.device), torch.inference_mode()(lambda f: f(x)[0])
+    return {name: partial(run, f.to(bench.rt.device))
             for name, f in (("ours", net), ("torch-fidelity", theirs))}
 
 
 def evaluation(bench: Bench, size: int, smoke: bool) -> dict[str, Any]:
     report = {}
-    parts = {"frechet": frechet_arms(64 if smoke else 2048),
-             "inception": inception_arms(bench, size)}
-    for part, arms in parts.items():
+    for part, arms in (("frechet", frechet_arms(64 if smoke else 2048)),
+                       ("inception", inception_arms(bench, size))):
         seconds = bench.rounds(arms)
         values = {name: torch.as_tensor(arm(), dtype=torch.float64)
                   for name, arm in arms.items()}
@@ -320,8 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--model {model}: choose one of {', '.join(table)}")
     bench = Bench(runtime.start(args.device), model, args.batch, args.precision,
                   args.compile, args.repeats)
-    measure = {"tokenizer": partial(tokenizer, bench, args.size),
-               "dit": partial(dit, bench),
+    measure = {"tokenizer": partial(tokenizer, bench, args.size), "dit": partial(dit, bench),
                "sampling": partial(sampling, bench, args.steps),
                "metrics": partial(evaluation, bench, args.size, args.smoke)}
     print(json.dumps({

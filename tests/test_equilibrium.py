@@ -19,7 +19,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_the_slope_of_the_squared_error_is_the_diagonal_of_jtj():
-    """decode(z) = A z: T_i = sum_k A_ki^2, and one probe will do if A is diagonal."""
+    """decode(z) = A z: T_i = sum_k A_ki^2.
+
+    One probe will do if A is diagonal.
+    """
     a = torch.randn(2, 3, 4, 4, generator=generator())
     found = equilibrium.squared_error_slope(
         lambda z: a * z, torch.zeros_like(a), 1, generator(1))
@@ -75,8 +78,9 @@ def test_a_transformer_whose_flow_is_known(tmp_path, monkeypatch):
                       "--count", "4", "--steps", "5", "--device", "cpu"])
     found = json.loads((tmp_path / "m.json").read_text())
     dit, _ = checkpoints.load_dit(tmp_path / "d/checkpoint.pt")
-    shape = 4, *(dit.config[key] for key in ("in_channels", "input_size", "input_size"))
-    noise = torch.randn(shape, generator=runtime.generator(0, "sampler"))
+    C, side = dit.config["in_channels"], dit.config["input_size"]
+    g = runtime.generator(0, "sampler")
+    noise = torch.randn(4, C, side, side, generator=g)
     factor = abs((1 - 1 / 5) ** 5 - (1 - 1 / 40) ** 40)
     expected = factor * noise.square().mean().sqrt().item()
     assert_close(found["sampler_error"], expected, rtol=1e-4, atol=0)
