@@ -70,8 +70,12 @@ class Gaussian:
 
     @functools.cached_property
     def root(self) -> Tensor:
-        values, vectors = torch.linalg.eigh(self.cov)
-        return vectors * values.clamp(min=0).sqrt()
+        """R with R R^T = cov: Cholesky's, which costs least, where there is one."""
+        root, failed = torch.linalg.cholesky_ex(self.cov)
+        if failed:   # a feature never changes, or there are too few rows
+            values, vectors = torch.linalg.eigh(self.cov)
+            root = vectors * values.clamp(min=0).sqrt()
+        return root
 
 
 class Moments:
