@@ -426,11 +426,11 @@ def main(argv: list[str] | None = None) -> dict:
         "training_seconds": sum(result["seconds"] for result in results),
         "recipe": recipe, "seeds": args.seeds, "arms": numbers})
     kl, good_kl, strong_kl, ve = results[:len(ARMS)]
-    draw([kl, ve], "With a weak KL term an error of the flow leaves the data.  With VE "
-         "the tokenizer collapses them to centre lines first, and the error adds little.",
+    draw([kl, ve], "With a weak KL term the flow's error leaves the data.  With VE the "
+         "branches have collapsed to centre lines, and the flow's error adds little.",
          args.out / "toy2d_figure1.png")
-    draw([good_kl, strong_kl, ve], "Stronger KL terms collapse the data as VE does, or "
-         "further.", args.out / "toy2d_figure2.png")
+    draw([good_kl, strong_kl, ve], "Stronger KL terms collapse the branches as VE does, "
+         "or further.", args.out / "toy2d_figure2.png")
     print(f"\n{time.time() - begin:.0f} s.  See {args.out} and {path}.")
     return numbers
 
