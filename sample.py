@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         labels = torch.randint(net.null, (args.count,),
                                generator=runtime.generator(args.seed, "sample labels"))
 
-    # All that decides what the images are.
+    # What decides what the images are.
     settings = runtime.plain(args) | {"device": rt.device.type, "sha256": net.sha256}
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     npz, facts = args.out / "samples.npz", args.out / "samples.json"
@@ -221,7 +221,12 @@ def main(argv: list[str] | None = None) -> None:
     runtime.barrier()
 
     if rt.is_main:
-        pixels = np.concatenate([np.load(part, mmap_mode="r") for part in parts])
+        # On disk, because 50,000 images may be more than the memory holds.
+        size = net.shape[1] * net.tokenizer.stride
+        pixels = np.lib.format.open_memmap(
+            folder / "all", "w+", np.uint8, (args.count, size, size, 3))
+        for part, images in parts.items():
+            pixels[images] = np.load(part)
         with runtime.atomic(npz) as file:
             np.savez(file, arr_0=pixels, arr_1=labels.numpy())
         save_grid(args.out / "grid.png", pixels, labels, net.classes)
