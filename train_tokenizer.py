@@ -2,8 +2,7 @@
 
     laptop      python train_tokenizer.py
     one GPU     python train_tokenizer.py --preset vavae-f16d32 --data DIR
-    eight GPUs  torchrun --nproc_per_node=8 train_tokenizer.py
-                    --preset vavae-f16d32 --data DIR
+    eight GPUs  torchrun --nproc_per_node=8 train_tokenizer.py --preset vavae-f16d32 --data DIR
 
 --loss names the objective.  L_rec is the absolute error plus LPIPS.  Every term
 is summed over C, H, W and averaged over the batch.
@@ -255,7 +254,6 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
 
     The picture has four rows: inputs, what is decoded from the posterior's mean
     and from a sample, and log sigma (bright is wide).
-
     `noise_cost` is what the sample's noise adds to L_rec, over the L_var of
     Eq. 9.  At the equilibrium of Eq. 14 it equals lambda1.
     """
@@ -327,10 +325,9 @@ def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
 
 def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
             settings: dict[str, Any]) -> int:
-    """Fill the parts from the run's checkpoint, else from `init` where given.
+    """Fill the parts from the run's checkpoint, else from `init`, if there is one.
 
-    A checkpoint must have been begun with the same settings.  Returns the number
-    of steps that are done.
+    The settings must be those of the checkpoint.  Returns the steps that are done.
     """
     if checkpoint.exists():
         state = checkpoints.read(checkpoint, "tokenizer")
@@ -350,10 +347,7 @@ def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
 
 def noise(tokenizer: models.Tokenizer, x: Tensor, batch: int, seed: int, step: int,
           rt: Runtime) -> tuple[Tensor, Tensor]:
-    """eps of Eq. 5 [b, C, h, w], and the scale [b] that a sigma-VAE may need.
-
-    They are functions of seed and step, for any number of processes.
-    """
+    """eps of Eq. 5 [b, C, h, w], and the scale [b] that a sigma-VAE may need."""
     side, b = x.shape[-1] // tokenizer.stride, batch // rt.world
     shape = b, tokenizer.channels, side, side
     eps = runtime.global_randn(shape, rt, seed, "eps", step)
