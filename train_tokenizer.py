@@ -58,7 +58,7 @@ PAPER = ALL | dict(lambda1=0.1, size=256, batch=64, lr=2.5e-5, save_every=5000,
 VAVAE = PAPER | dict(model="f16d32", align_weight=0.1)
 PRESETS = {
     "demo": ALL | dict(model="vit-shapes", lambda1=1e-3, size=32, batch=16, lr=3e-3,
-                       steps=2300, cooldown=0.8, precision="bf16"),
+                       steps=2300, cooldown=0.8),
     "small": ALL | dict(model="vit-demo", lambda1=0.1, size=32, batch=32, lr=1e-3,
                         steps=1500),
     "ldm-f16d16": PAPER | dict(model="f16d16", steps=200_182),    # 10 epochs
