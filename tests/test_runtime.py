@@ -291,6 +291,10 @@ def two_processes(rank: int, folder: str) -> None:
     except RuntimeError:
         drift = "noticed"
     torch.save((gathered, total, mean, gradients, drift), f"{folder}/{rank}.pt")
+    # A stage's DDP is gone when its main has returned, and then the group goes.
+    # Left alive, it would now and then abort the process at its very end.
+    del wrapped
+    runtime.barrier()
     runtime.finish()
 
 
