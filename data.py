@@ -544,9 +544,11 @@ class LatentSet:
     which hold mean and std, or one draw of z.  dtype: of these numbers, as NumPy
     knows no bfloat16.  labels: of the rows of all parts; -1 leaves a row out.
     sums: `channel_sums` of all.  skipped: names of the images that were left out.
+    sha256: a hash of all that the latents depend on.
     """
 
-    def __init__(self, parts, labels, classes, dtype, sums, skipped):
+    def __init__(self, parts, labels, classes, dtype, sums, skipped, sha256=""):
+        self.sha256 = sha256
         self.parts, self.labels, self.classes = parts, labels, classes
         self.dtype, self.sums, self.skipped = dtype, sums, skipped
         self.starts = np.cumsum([0] + [len(images) for images, _ in parts[:-1]])
@@ -677,7 +679,7 @@ def cache_latents(folder: str | Path, dataset: Dataset, encode: Callable,
     return LatentSet([(array[:, 0], array[:, 1]) for array in arrays], labels,
                      dataset.classes, torch.float16,
                      sum(torch.tensor(mark["sums"], dtype=float) for mark in marks),
-                     [dataset.name_of(image) for image in skipped])
+                     [dataset.name_of(image) for image in skipped], digest)
 
 
 @torch.no_grad()

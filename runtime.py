@@ -11,16 +11,30 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
+import re
+import signal
+import socket
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:   # on Windows, where nothing is locked
+    fcntl = None
+
+# While a stage imports, Ctrl-C has no traceback to show.  `command` takes over.
+HERE = Path(__file__).parent
+if Path(getattr(sys.modules["__main__"], "__file__", None) or "-").parent in (HERE, HERE / "studies"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # OpenMP's idle threads spin.  Where two processes share the cores, that made a
 # step of 348 ms last 7.3 s.  PyTorch reads this once, when it is imported.
@@ -41,19 +55,111 @@ class InputError(Exception):
     """Wrong input.  The message is one line: what is wrong, and what to do."""
 
 
+class Stopped(BaseException):
+    """SIGINT or SIGTERM has come.  The message says how far the work is."""
+
+
 def command(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator of a stage's main: an InputError becomes one line and status 2."""
+    """Decorator of a stage's main: what ends it from outside becomes one line.
+
+    The exit status is 2 for wrong input and for what the machine refuses, such as
+    a file or memory, and 130 or 143 for SIGINT and SIGTERM.
+    """
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return main(*args, **kwargs)
+            with signals.caught():
+                return main(*args, **kwargs)
+        except Stopped as error:
+            message, status = str(error), 128 + signals.received
         except InputError as error:
-            script = Path(sys.modules[main.__module__].__file__).name
-            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            message, status = f"error: {error}", 2
+        except OSError as error:
+            reason = error.strerror or str(error).strip().split("\n")[-1]
+            message, status = f"error: {error.filename or 'a file'}: {reason}", 2
+        except (MemoryError, torch.OutOfMemoryError):
+            message, status = "error: out of memory: a smaller --batch needs less", 2
+        except RuntimeError as error:
+            if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+                raise
+            message, status = "error: another process of this run has ended, and says why", 2
         finally:
             finish()
+        script = Path(sys.modules[main.__module__].__file__).name
+        print(f"{script}: {message}", file=sys.stderr, flush=True)
+        raise SystemExit(status)
     return wrapped
+
+
+class Signals:
+    """Ctrl-C (SIGINT) and SIGTERM, which Slurm sends before it takes a machine back.
+
+    The first one raises Stopped, or waits for the end of a training's step.  The
+    next one ends the process at once.  One that comes within a second is the same
+    one: torchrun passes on what the terminal has sent to everybody already.
+    """
+    received, when, waits = 0, 0.0, False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        self.received, self.waits, before = 0, False, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, self.receive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def receive(self, number: int, _: Any) -> None:
+        if self.received and time.monotonic() - self.when > 1:
+            for child in multiprocessing.active_children():
+                child.kill()
+            os._exit(128 + number)
+        if not self.received:
+            self.received, self.when = number, time.monotonic()
+            if not self.waits:
+                raise Stopped("stopped; the same command goes on")
+
+
+signals = Signals()
+
+
+def steps(name: str, done: int, total: int, runtime: "Runtime") -> Iterator[int]:
+    """The steps that are left, with a bar.  A signal waits for the end of a step."""
+    signals.waits = True
+    yield from tqdm(range(done, total), name, total, initial=done,
+                    disable=not runtime.is_main)
+
+
+def stop_asked() -> bool:
+    """Whether any process has got a signal; all processes learn the same."""
+    number = torch.tensor(signals.received)
+    if dist.is_initialized():
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    signals.received = int(number)
+    return signals.received > 0
+
+
+def end_with_parent() -> None:
+    """Without torchrun's agent its processes stop, and do not train on as orphans."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def helper(*_: Any) -> None:
+    """Begins a process that helps another: signals are for that one, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setsid"):   # a group of its own
+        os.setsid()
+    end_with_parent()
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,18 +204,23 @@ positive_int = number(int, "a whole number of at least 1", lambda n: n >= 1)
 natural_int = number(int, "a whole number of at least 0", lambda n: n >= 0)
 positive = number(float, "a finite number above 0", lambda v: 0 < v < math.inf)
 non_negative = number(float, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
+finite = number(float, "a finite number", math.isfinite)
 fraction = number(float, "a number of at least 0 and below 1", lambda v: 0 <= v < 1)
+share = number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+seed = number(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
 
 
 def add_running_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that both training stages share."""
     add = parser.add_argument_group("running").add_argument
-    add("--seed", type=int, default=0, help="of weights, order of the data and every draw")
+    add("--seed", type=seed, default=0, help="of weights, order of the data and every draw")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="of the networks; auto is bf16 on CUDA; latents are always fp32")
-    add("--workers", type=int, default=2, help="processes that load data, per rank")
+    add("--workers", type=natural_int, default=2, help="processes that load data, per rank")
     add("--save-every", type=positive_int, default=500, help="steps between checkpoints")
+    add("--accept-data", action="store_true",
+        help="go on although the images are not those with which the run began")
     add("--smoke", action="store_true", help="a few steps of everything, in seconds")
 
 
@@ -119,12 +230,20 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_same_command(old: dict, new: dict, free: set[str], path: str | Path) -> None:
-    """Raise InputError if flags other than `free` differ from those that began a run."""
+    """Raise InputError if flags other than `free` differ from those that began a run.
+
+    data_sha256 stands for the images.  They may differ if --accept-data is given.
+    """
+    free = free | {"accept_data", "data_sha256"}
     differ = [k for k in sorted(new) if k not in free and k in old and old[k] != new[k]]
     if differ:
         listed = ", ".join(f"--{k.replace('_', '-')} {old[k]} (now {new[k]})" for k in differ)
         raise InputError(f"{path} was begun with {listed}; repeat those flags to resume, "
                          "or choose another --out")
+    images = new.get("data_sha256")
+    if old.get("data_sha256", images) != images and not new.get("accept_data"):
+        raise InputError(f"the images have changed since {path} was begun: bring them back, "
+                         "go on with --accept-data, or choose another --out")
 
 
 # ------------------------------------------------------------------------------
@@ -180,15 +299,19 @@ def start(device: str = "auto") -> Runtime:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     place = torch.device(kind, local if kind == "cuda" else None)
     return Runtime(place, rank, world, local)
 
 
 def finish() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and give the folders back."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while locks:
+        unlock(*locks.popitem())
 
 
 def barrier() -> None:
@@ -284,7 +407,7 @@ def global_rand(n: int, runtime: Runtime, seed: int, *stream: int | str) -> Tens
 
 # ------------------------------------------------------------------------------
 # Files.  A process that is killed at any moment leaves the old file or the new
-# one, and never half of one.
+# one, and never half of one.  A folder belongs to one run at a time.
 
 
 @contextmanager
@@ -292,18 +415,24 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Gives a temporary path to write to, which becomes `path` at the end.
 
     The folders are made.  The temporary name ends as `path` does, because NumPy
-    and Pillow choose the format by it.
+    and Pillow choose the format by it.  What the disk refuses is an InputError.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # A writer that dies with its file half closed would print a traceback.
+        sys.unraisablehook = lambda _: None
+        raise InputError(f"{path} cannot be written ({error.strerror or error}): mend that, "
+                         "and give the same command again") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -311,14 +440,104 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def check_writable(*folders: Path) -> None:
-    """Refuse a wrong path now, and not after the minutes of work."""
-    for folder in folders:
+def regular(path: str | Path) -> Path:
+    """The path of a file.  A pipe or a device could be waited for without end."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path} is not a file: name one")
+    return Path(path)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object that a file of JSON holds."""
+    try:
+        found = json.loads(regular(path).read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged or not ours: remove it, or name another")
+    return found
+
+
+locks: dict[Path, tuple[IO, bool]] = {}   # open files that this process has locked
+
+
+def lock(folder: Path, shared: bool = False) -> None:
+    """Keep other processes out of a folder until this one ends, however it ends.
+
+    shared: others may have it too, but shared.  A second call with another
+    `shared` changes the lock.
+    """
+    path, old = folder.resolve() / ".lock", None
+    folder.mkdir(parents=True, exist_ok=True)
+    while not old or not path.exists() or not os.path.samestat(old, path.stat()):
+        # Another process may have removed the file since it was opened.
+        file, _ = locks.pop(path, (None, shared))
+        file = file or open(path, "a+")
+        old = os.fstat(file.fileno())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            if fcntl:
+                kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                fcntl.lockf(file, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise InputError(f"{folder} is in use by {owner}: wait for its end, or choose "
+                             "another folder") from None
+        except OSError:   # a network disk that knows no locks
+            pass
+    locks[path] = file, shared
+    if not shared:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} ({command_line()})")
+        file.flush()
+        for left in folder.iterdir():   # by processes that were killed while they wrote
+            if re.match(r"\.\d+-", left.name) and left.is_file():
+                left.unlink()
+
+
+def unlock(path: Path, held: tuple[IO, bool]) -> None:
+    """Give a folder back, and remove it if nothing was put into it."""
+    file, shared = held
+    if not shared:
+        with suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()
+    file.close()
+
+
+def claim(runtime: "Runtime", folder: Path, *files: Path) -> None:
+    """Take a folder for this run, before its work begins, or say who has it.
+
+    files: others that it will write, of which it is seen now whether it can.
+    """
+    def take() -> None:
+        try:
+            lock(folder)
+            for path in files:
+                with atomic(path.with_name(f"{path.name}-test")) as temporary:
+                    temporary.touch()
+                path.with_name(f"{path.name}-test").unlink()
         except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}; choose another folder") from None
+            raise InputError(f"{error.filename or folder} cannot be written to "
+                             f"({error.strerror}): choose another folder") from None
+    on_main(runtime, take)
+
+
+def on_main(runtime: "Runtime", action: Callable[[], Any]) -> None:
+    """Rank 0 does this.  If it meets wrong input, all processes end, and one says so."""
+    refused: list[InputError | None] = [None]
+    if runtime.is_main:
+        try:
+            action()
+        except InputError as error:
+            refused = [error]
+    if runtime.world > 1:
+        dist.broadcast_object_list(refused)
+    if refused[0]:
+        if runtime.is_main:
+            raise refused[0]
+        raise SystemExit(2)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -410,12 +629,20 @@ class Log:
         header = {"command": command_line(), "config": config, "versions": versions(),
                   "device": device_name(runtime.device), "world": runtime.world,
                   "date": time.strftime("%Y-%m-%d")}
-        lines = [json.dumps(header, default=str)]
+        first = json.dumps(header, default=str)
+        lines, changed = [first], {}
         if resumed_step and self.path.exists():
-            old = self.path.read_text().splitlines()
-            lines = [line for line in old if step_of(line) <= resumed_step] or lines
+            old = self.path.read_text(errors="replace").splitlines()
+            lines = [line for line in old if step_of(line) <= resumed_step]
+            if not lines or step_of(lines[0]) != -1:
+                lines = [first, *lines]   # somebody has cut the file
+            before = json.loads(lines[0])["config"]
+            changed = {k: v for k, v in json.loads(first)["config"].items()
+                       if k in before and before[k] != v}
         with atomic(self.path) as temporary:
             temporary.write_text("\n".join(lines) + "\n")
+        if changed:
+            self.write(step=resumed_step, changed=changed)
 
     def write(self, **values: Any) -> None:
         """step=..., and anything JSON knows, or tensors of it."""
@@ -426,9 +653,11 @@ class Log:
 
 
 def step_of(line: str) -> float:
+    """-1 for the first line, and infinity for one that is broken."""
     try:
-        return json.loads(line).get("step", -1)
-    except json.JSONDecodeError:   # the half line of a process that was killed
+        found = json.loads(line)
+        return found["step"] if "step" in found else -1 if "config" in found else math.inf
+    except (ValueError, TypeError, KeyError):   # half a line, of a process that was killed
         return math.inf
 
 

@@ -403,9 +403,9 @@ def main(argv: list[str] | None = None) -> dict:
     add("--json", type=Path, help="file of the numbers, if not OUT/toy2d.json")
     args, begin = parser.parse(argv), time.time()
     path = args.json or args.out / "toy2d.json"
-    runtime.check_writable(args.out, path.parent)
-
-    device = runtime.start(args.device).device
+    rt = runtime.start(args.device)
+    runtime.claim(rt, args.out, path)
+    device = rt.device
     torch.set_float32_matmul_precision("highest")   # TF32 is coarser than KL's error
     recipe = PRESETS[args.preset] | (SMOKE if args.smoke else {})
     arms = [replace(arm, seed=seed) for seed in args.seeds for arm in ARMS]

@@ -18,7 +18,6 @@ import runtime  # before torch: it says how idle threads wait
 import torch
 from torch import Tensor, nn
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import checkpoints
 import data
@@ -139,8 +138,11 @@ class TimeBins:
         index = (10 * t).long().clamp(max=9)
         self.sums.index_add_(1, index, torch.stack([errors, torch.ones_like(t)]))
 
+    def total(self) -> Tensor:
+        return runtime.all_reduce_sum(self.sums.clone())
+
     def read(self) -> dict:
-        errors, counts = runtime.all_reduce_sum(self.sums).tolist()
+        errors, counts = self.total().tolist()
         self.sums.zero_()
         by_t = [e / n if n else None for e, n in zip(errors, counts)]
         return {"velocity": sum(errors) / sum(counts), "by_t": by_t}
@@ -153,11 +155,12 @@ class TimeBins:
 
 
 class Learner:
-    """All that a step changes: the network, its average, its optimisers."""
+    """All that a step changes: the network, its average, its optimisers, its errors."""
 
     def __init__(self, dit: models.DiT, kind: str, lr: float, betas: list[float],
                  decay: float) -> None:
         self.dit, self.ema = dit, runtime.Ema(dit, decay)
+        self.bins = TimeBins(next(dit.parameters()).device)
         matrices = [p for name, p in dit.blocks.named_parameters()
                     if kind == "muon" and p.ndim == 2 and "adaLN" not in name]
         chosen, common = set(matrices), dict(lr=lr, weight_decay=0)
@@ -175,7 +178,7 @@ class Learner:
             optimizer.zero_grad()
         self.ema.update()
 
-    def resume(self, path: Path, config: dict) -> int:
+    def resume(self, path: Path, config: dict, is_main: bool) -> int:
         """Go on from the checkpoint, if there is one.  Returns its step."""
         if not path.exists():
             return 0
@@ -185,6 +188,8 @@ class Learner:
         self.ema.load_state_dict(state["ema"], state["ema_updates"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+        if is_main:
+            self.bins.sums.copy_(state["errors_by_t"])
         return state["step"]
 
 
@@ -212,6 +217,7 @@ def save_picture(path: Path, dit: models.DiT, tokenizer: models.Tokenizer,
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
+    runtime.claim(rt, args.out)
     if args.batch % (rt.world * args.accumulate):
         raise InputError(f"--batch {args.batch} must be a multiple of {rt.world} "
                          f"process(es) x --accumulate {args.accumulate}")
@@ -239,19 +245,19 @@ def main(argv: list[str] | None = None) -> None:
     dit.recompute = args.recompute
     learner = Learner(dit, args.optimizer, args.lr, args.betas, args.ema)
     checkpoint = args.out / "checkpoint.pt"
-    config = runtime.plain(args) | {"tokenizer": sha256}  # by content, not by name
-    done = learner.resume(checkpoint, config)
+    config = runtime.plain(args) | {  # by content, not by name
+        "tokenizer": sha256, "data_sha256": latents.sha256}
+    done = learner.resume(checkpoint, config, rt.is_main)
     if args.compile:
         for block in dit.blocks:
             block.compile()
     network = rt.wrap(dit)
 
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)
-    finite, bins = runtime.FiniteCheck(rt.device), TimeBins(rt.device)
+    finite, bins = runtime.FiniteCheck(rt.device), learner.bins
     loader = data.latent_batches(
         latents, args.batch, args.seed, done, rt.rank, rt.world, rt.device)
-    for step in tqdm(range(done, args.steps), "dit", args.steps, initial=done,
-                     disable=not rt.is_main):
+    for step in runtime.steps("dit", done, args.steps, rt):
         # A batch of posteriors, and a latent from each of them.
         batch = next(loader)
         z = batch["mean"]
@@ -293,15 +299,18 @@ def main(argv: list[str] | None = None) -> None:
         if done % args.log_every == 0 or done == args.steps:
             finite.flush()
             log.write(step=done, **bins.read(), grad_norm=norm, lr=lr)
-        if done % args.save_every == 0 or done == args.steps:
+        stop = runtime.stop_asked()
+        if done % args.save_every == 0 or done == args.steps or stop:
             finite.flush()
             runtime.check_same_on_all_ranks(dit)
+            errors_by_t = bins.total()
             if rt.is_main:
                 checkpoints.save({
                     "kind": "dit", "config": config, "step": done,
                     "model_config": dit.config, "model": dit.state_dict(),
                     "ema": learner.ema.state_dict(), "ema_updates": learner.ema.updates,
                     "optimizers": [o.state_dict() for o in learner.optimizers],
+                    "errors_by_t": errors_by_t,
                     "tokenizer": {"path": str(args.tokenizer), "sha256": sha256},
                     "classes": latents.classes,
                     "latent_shape": [*latents.shape],
@@ -313,6 +322,8 @@ def main(argv: list[str] | None = None) -> None:
                         args.out / "images" / f"{done:07d}.png", learner.ema.model,
                         tokenizer, latents.shape, mean, std, args.grid_steps, rt)
             runtime.barrier()
+        if stop:
+            raise runtime.Stopped(f"stopped at step {done}; the same command goes on")
     rt.print(f"{checkpoint} has {done} steps")
 
 

@@ -29,7 +29,6 @@ import runtime  # before torch, because it says how idle threads wait
 import torch
 from torch import Tensor, nn
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import checkpoints
 import data
@@ -359,6 +358,7 @@ def noise(tokenizer: models.Tokenizer, x: Tensor, batch: int, seed: int, step: i
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
+    runtime.claim(rt, args.out)
     train = data.open_dataset(args.data, args.size, "train", args.seed)
     val = data.open_dataset(args.data, args.size, "val", args.seed)
     val = data.once(val, args.batch, limit=args.val_images)
@@ -378,8 +378,9 @@ def main(argv: list[str] | None = None) -> None:
         parameters += other.parameters
     parts["optimizer"] = optimizer = adamw(parameters, args.lr)
     checkpoint = args.out / "checkpoint.pt"
-    done = restore(parts, checkpoint, args.init, runtime.plain(args))
-    log = runtime.Log(args.out / "log.jsonl", runtime.plain(args), rt, done)
+    config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
+    done = restore(parts, checkpoint, args.init, config)
+    log = runtime.Log(args.out / "log.jsonl", config, rt, done)
 
     finite = runtime.FiniteCheck(rt.device)
     networks = [network] + [other.network for other in others]
@@ -393,8 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=args.workers,
         device=rt.device,
     )
-    for step in tqdm(range(done, args.steps), "tokenizer", args.steps,
-                     initial=done, disable=not rt.is_main):
+    for step in runtime.steps("tokenizer", done, args.steps, rt):
         batch = next(batches)
         runtime.report_skipped(batch["skipped"])
         x = batch["x"].contiguous(memory_format=torch.channels_last)
@@ -454,7 +454,8 @@ def main(argv: list[str] | None = None) -> None:
                 **metrics.latent_summary(mean, logvar, z, tokenizer.learns_sigma),
                 memory_gib=runtime.peak_memory(rt.device),
             )
-        if step % args.save_every == 0 or step == args.steps:
+        stop = runtime.stop_asked()
+        if step % args.save_every == 0 or step == args.steps or stop:
             finite.flush()
             runtime.check_same_on_all_ranks(tokenizer)
             if rt.is_main:
@@ -467,12 +468,14 @@ def main(argv: list[str] | None = None) -> None:
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= statistics | {
                     "kind": "tokenizer",
-                    "config": runtime.plain(args),
+                    "config": config,
                     "model_config": tokenizer.config,
                     "step": step,
                 }
                 checkpoints.save(state, checkpoint)
             runtime.barrier()
+        if stop:
+            raise runtime.Stopped(f"stopped at step {step}; the same command goes on")
     rt.print(f"{checkpoint} has {args.steps} steps")
 
 

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> dict:
     add("--json", type=Path, help="file of the numbers, if not OUT/toy2d_sweep.json")
     args = parser.parse(argv)
     path = args.json or args.out / "toy2d_sweep.json"
-    runtime.check_writable(args.out, path.parent)
+    runtime.claim(runtime.start("cpu"), args.out, path)
 
     recipe = toy2d.PRESETS["small"] | (toy2d.SMOKE if args.smoke else {})
     arms = sweep(args.seed)
