@@ -18,6 +18,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -515,9 +516,10 @@ def claim(runtime: "Runtime", folder: Path, *files: Path) -> None:
         try:
             lock(folder)
             for path in files:
-                with atomic(path.with_name(f"{path.name}-test")) as temporary:
-                    temporary.touch()
-                path.with_name(f"{path.name}-test").unlink()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=path.parent).close()
+                if path.is_dir():
+                    raise IsADirectoryError(0, "Is a folder", path)
         except OSError as error:
             raise InputError(f"{error.filename or folder} cannot be written to "
                              f"({error.strerror}): choose another folder") from None

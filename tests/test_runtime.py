@@ -1,10 +1,15 @@
 """The runtime: the command line, random streams, files, the averaged weights,
 the log, and what two processes do together."""
 
+import errno
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import runtime
@@ -39,6 +44,138 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+def said_by(action, capsys) -> tuple[int, str]:
+    """Status and the one line on stderr of a command that does `action`."""
+    with pytest.raises(SystemExit) as stop:
+        runtime.command(action)()
+    line, = capsys.readouterr().err.splitlines()
+    return stop.value.code, line
+
+
+def raiser(error: BaseException):
+    def main() -> None:
+        raise error
+    main.__module__ = __name__
+    return main
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (OSError(errno.ENOSPC, "No space left on device", "a.pt"), 2, "a.pt: No space left on device"),
+    (MemoryError(), 2, "out of memory"),
+    (RuntimeError("[../gloo/transport/tcp/pair.cc:1] closed by peer"), 2, "another process"),
+    (OSError("Caught OSError in worker.\nTraceback\nOSError: read"), 2, "a file: OSError: read")])
+def test_what_the_machine_refuses_becomes_one_line(error, status, said, capsys):
+    code, line = said_by(raiser(error), capsys)
+    assert code == status and said in line
+
+
+def test_other_runtime_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        runtime.command(raiser(RuntimeError("shapes do not fit")))()
+
+
+# ------------------------------------------------------------------------------
+# Signals.
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_stage_in_one_line(number, status, capsys):
+    before = signal.getsignal(number)
+
+    def main() -> None:
+        signal.raise_signal(number)
+        raise AssertionError("went on")
+
+    code, line = said_by(main, capsys)
+    assert code == status and line.endswith("stopped; the same command goes on")
+    assert signal.getsignal(number) == before
+
+
+def test_a_training_finishes_its_step(capsys):
+    seen = []
+
+    def main() -> None:
+        for step in runtime.steps("test", 3, 10, Runtime(CPU)):
+            if step == 5:
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)   # at once: torchrun's echo of the first
+            seen.append(step)
+            if runtime.stop_asked():
+                raise runtime.Stopped(f"stopped at step {step}")
+
+    with pytest.raises(SystemExit) as stop:
+        runtime.command(main)()
+    assert stop.value.code == 143 and seen == [3, 4, 5]
+    assert capsys.readouterr().err.endswith("stopped at step 5\n")
+
+
+STUBBORN = """
+import multiprocessing, time
+import runtime
+
+@runtime.command
+def main():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    for step in runtime.steps("test", 0, 1, runtime.Runtime("cpu")):
+        print(child.pid, flush=True)
+        time.sleep(60)
+
+main()
+"""
+
+
+def test_a_second_signal_ends_everything_at_once():
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, cwd=Path(runtime.__file__).parent)
+    child = int(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+    assert not running(child)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("orphaned", [True, False])
+def test_a_process_ends_with_its_parent(orphaned):
+    # The parent must live until the child has looked at it: it waits for its line.
+    code = """
+import os, time, runtime
+ready, other = os.pipe()
+if not os.fork():
+    runtime.end_with_parent()
+    print(os.getpid(), flush=True)
+    os.write(other, b"x")
+    time.sleep(60)
+os.read(ready, 1)
+os._exit(0) if %r else time.sleep(60)
+""" % orphaned
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               cwd=Path(runtime.__file__).parent)
+    child = int(process.stdout.readline())
+    try:
+        until = time.monotonic() + (10 if orphaned else 2)
+        while running(child) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert running(child) != orphaned
+    finally:
+        process.kill()
+        if running(child):
+            os.kill(child, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------
+# Flags.
 
 
 PRESETS = {"demo": {"steps": 10, "lr": 0.1, "warmup": 5}, "paper": {"steps": 900, "lr": 0.2}}
@@ -88,9 +225,11 @@ def test_the_ranges_of_numbers():
     edges = {
         runtime.positive_int: ("1 7", "0 -1 2.0"), runtime.natural_int: ("0 7", "-1 0.5"),
         runtime.positive: ("1e-9 3", "0 -1 inf"), runtime.fraction: ("0 0.999", "1 -0.1"),
-        runtime.non_negative: ("0 2.5", "-1e-9 inf nan")}
+        runtime.non_negative: ("0 2.5", "-1e-9 inf nan"), runtime.finite: ("-3 0", "inf nan x"),
+        runtime.share: ("0 1", "-0.1 1.1 nan"), runtime.seed: ("0 9223372036854775807",
+                                                               "-1 9223372036854775808 1.5")}
     for kind, (inside, outside) in edges.items():
-        assert [kind(text) for text in inside.split()] == [float(text) for text in inside.split()]
+        assert [kind(text) for text in inside.split()] == [eval(text) for text in inside.split()]
         for text in outside.split():
             with pytest.raises(runtime.argparse.ArgumentTypeError, match=text):
                 kind(text)
@@ -101,6 +240,15 @@ def test_a_run_is_resumed_only_by_its_own_command():
     runtime.check_same_command(old, old | {"steps": 20, "new": 1}, {"steps"}, "run")
     with pytest.raises(InputError, match=r"--loss ve \(now kl\)"):
         runtime.check_same_command(old, old | {"loss": "kl"}, {"steps"}, "run")
+
+
+def test_changed_images_are_refused_or_accepted_by_a_flag():
+    old = {"lr": 0.1, "data_sha256": "a", "accept_data": False}
+    new = old | {"data_sha256": "b"}
+    runtime.check_same_command({"lr": 0.1}, new, set(), "run")   # begun before it was noted
+    with pytest.raises(InputError, match="images have changed since run was begun.*--accept-data"):
+        runtime.check_same_command(old, new, set(), "run")
+    runtime.check_same_command(old, new | {"accept_data": True}, set(), "run")
 
 
 def test_unknown_and_absent_devices_are_refused():
@@ -171,6 +319,74 @@ def test_a_killed_process_leaves_the_old_file(tmp_path):
     assert path.read_text() == "1\n"
     runtime.write_json(path, 2)
     assert path.read_text() == "2\n"
+
+
+def test_what_the_disk_refuses_names_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file/below.json", tmp_path / "folder"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=f"{path} cannot be written"):
+            runtime.write_json(path, 1)
+    with pytest.raises(InputError, match="No space left"), runtime.atomic(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 10_000, b"NaN", None])
+def test_json_that_is_damaged_is_one_line(tmp_path, content):
+    path = tmp_path / "a.json"
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=str(path)):
+        runtime.read_json(path)
+
+
+OTHER = """
+import runtime, sys
+from pathlib import Path
+try:
+    runtime.lock(Path(sys.argv[1]), shared=len(sys.argv) > 2)
+    print("has it")
+except runtime.InputError as error:
+    print(error)
+"""
+
+
+def other(folder, *shared) -> str:
+    return subprocess.run([sys.executable, "-c", OTHER, folder, *shared], capture_output=True,
+                          text=True, cwd=Path(runtime.__file__).parent).stdout.strip()
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    folder, left = tmp_path / "run", tmp_path / "run/.123-checkpoint.pt"
+    folder.mkdir()
+    left.touch()
+    rt = Runtime(CPU)
+    runtime.claim(rt, folder)
+    runtime.claim(rt, folder)          # a second time by the same process
+    assert not left.exists()           # of a process that was killed
+    assert f"{folder} is in use by process {os.getpid()} on" in other(folder)
+    runtime.lock(folder, shared=True)
+    assert other(folder, "shared") == "has it" and "in use" in other(folder)
+    runtime.finish()
+    assert other(folder) == "has it"
+
+
+def test_a_folder_that_received_nothing_goes_away_again(tmp_path):
+    runtime.claim(Runtime(CPU), tmp_path / "empty")
+    runtime.claim(Runtime(CPU), tmp_path / "full")
+    (tmp_path / "full/checkpoint.pt").touch()
+    runtime.finish()
+    assert os.listdir(tmp_path) == ["full"] and os.listdir(tmp_path / "full") == ["checkpoint.pt"]
+
+
+def test_claims_refuse_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    for folder, *files in ([tmp_path / "file"], [tmp_path / "a", tmp_path / "file/x.json"],
+                           [tmp_path / "a", tmp_path]):
+        with pytest.raises(InputError, match="cannot be written to .*: choose another"):
+            runtime.claim(Runtime(CPU), folder, *files)
+    runtime.finish()
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_sha256(tmp_path):
@@ -248,6 +464,18 @@ def test_log_begins_with_the_command_and_resumes_without_duplicates(tmp_path):
     assert len(path.read_text().splitlines()) == 1
 
 
+def test_a_resumed_log_has_its_first_line_and_what_has_changed(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = runtime.Log(path, {"lr": 0.1, "steps": 4}, Runtime(CPU))
+    log.write(step=2, rec=1.0)
+    path.write_bytes(b"\xff\n" + path.read_bytes().split(b"\n", 1)[1])   # its head is lost
+    runtime.Log(path, {"lr": 0.1, "steps": 4}, Runtime(CPU), resumed_step=2)
+    runtime.Log(path, {"lr": 0.1, "steps": 8, "data": "x"}, Runtime(CPU), resumed_step=2)
+    first, *lines = map(json.loads, path.read_text().splitlines())
+    assert first["config"] == {"lr": 0.1, "steps": 4}
+    assert lines == [{"step": 2, "rec": 1.0}, {"step": 2, "changed": {"steps": 8}}]
+
+
 def test_only_rank_0_logs(tmp_path):
     runtime.Log(tmp_path / "log.jsonl", {}, Runtime(CPU, rank=1, world=2)).write(step=1)
     assert not (tmp_path / "log.jsonl").exists()
@@ -283,6 +511,19 @@ def two_processes(rank: int, folder: str) -> None:
         (wrapped(x).sum() / 2).backward()
         gradients.append(model.weight.grad.item())
 
+    if rank:   # a signal that one process got is known to all
+        runtime.signals.received = signal.SIGTERM
+    stops = runtime.stop_asked(), runtime.signals.received
+    runtime.signals.received = 0
+
+    def refuse() -> None:
+        raise InputError("no")
+
+    try:
+        runtime.on_main(rt, refuse)
+    except (InputError, SystemExit) as error:
+        refused = type(error).__name__
+
     runtime.check_same_on_all_ranks(model)
     model.weight.data += rank
     drift = "unnoticed"
@@ -290,7 +531,7 @@ def two_processes(rank: int, folder: str) -> None:
         runtime.check_same_on_all_ranks(model)
     except RuntimeError:
         drift = "noticed"
-    torch.save((gathered, total, mean, gradients, drift), f"{folder}/{rank}.pt")
+    torch.save((gathered, total, mean, gradients, stops, refused, drift), f"{folder}/{rank}.pt")
     # A stage's DDP is gone when its main has returned, and then the group goes.
     # Left alive, it would now and then abort the process at its very end.
     del wrapped
@@ -301,10 +542,12 @@ def two_processes(rank: int, folder: str) -> None:
 def test_gather_reduce_accumulate_and_drift_with_two_processes(tmp_path):
     torch.multiprocessing.spawn(two_processes, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for gathered, total, mean, gradients, _ in results:
+    for gathered, total, mean, gradients, stops, _, _ in results:
+        assert stops == (True, signal.SIGTERM)
         assert gathered.flatten().tolist() == [0, 1, 2, 10, 11]
         assert total.item() == 3 and mean.item() == 1.5 and gradients[1] == 1.5
-    assert [gradients[0] for *_, gradients, _ in results] == [0, 1]     # not averaged yet
+    assert [gradients[0] for *_, gradients, _, _, _ in results] == [0, 1]     # not averaged yet
+    assert [refused for *_, refused, _ in results] == ["InputError", "SystemExit"]
     assert results[1][-1] == "noticed"
 
 
