@@ -163,12 +163,35 @@ def helper(*_: Any) -> None:
     end_with_parent()
 
 
+# What the codebases of DiT, SiT and diffusers call our flags.  Both names work.
+SECOND_NAMES = {
+    "--data-path": "--data", "--results-dir": "--out", "--image-size": "--size",
+    "--global-batch-size": "--batch", "--global-seed": "--seed", "--max-train-steps": "--steps",
+    "--learning-rate": "--lr", "--num-workers": "--workers", "--ckpt": "--dit",
+    "--cfg-scale": "--guidance", "--num-sampling-steps": "--steps",
+    "--t-shift": "--shift", "--num-fid-samples": "--count", "--per-proc-batch-size": "--at-once"}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default where there is one, and examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with presets; the first paragraph of `doc` describes the command."""
+    """argparse with presets.  `doc` is the docstring of the stage.
+
+    Its first paragraph describes the stage, and its indented commands are examples.
+    """
 
     def __init__(self, doc: str) -> None:
-        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        first, *others = doc.split("\n\n")
+        examples = [part for part in others if part.startswith("    ") and "python" in part]
+        super().__init__(description=first, epilog="\n\n".join(examples), allow_abbrev=False,
+                         formatter_class=Help)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -179,6 +202,7 @@ class Parser(argparse.ArgumentParser):
 
         Keys of a preset that are not flags become attributes all the same.
         """
+        argv = [self.first_name(word) for word in (sys.argv[1:] if argv is None else argv)]
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", nargs="?", default=self.get_default("preset"))
         first.add_argument("--smoke", action="store_true")
@@ -186,6 +210,12 @@ class Parser(argparse.ArgumentParser):
         row = presets.get(chosen.preset, {})
         self.set_defaults(**row | (smoke if chosen.smoke else {}))
         return self.parse_args(argv)
+
+    def first_name(self, word: str) -> str:
+        """Our name of a flag, if we have such a flag; word is "--flag" or "--flag=value"."""
+        flag, *value = word.split("=", 1)
+        ours = SECOND_NAMES.get(flag)
+        return "=".join([ours, *value]) if ours in self._option_string_actions else word
 
 
 def number(kind: type, text: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -214,6 +244,7 @@ seed = number(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63
 def add_running_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that both training stages share."""
     add = parser.add_argument_group("running").add_argument
+    add("--epochs", type=positive, help="passes over the images, in place of --steps")
     add("--seed", type=seed, default=0, help="of weights, order of the data and every draw")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
@@ -223,6 +254,11 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     add("--accept-data", action="store_true",
         help="go on although the images are not those with which the run began")
     add("--smoke", action="store_true", help="a few steps of everything, in seconds")
+
+
+def steps_of(epochs: float, images: int, batch: int) -> int:
+    """The number of steps in which each image is seen `epochs` times."""
+    return math.ceil(epochs * images / batch)
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
@@ -564,12 +600,13 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float
 class Ema:
     """The exponential moving average of the trainable parameters, in `model`.
 
-    ema <- d ema + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at
-    update n.  The ramp lets a short run use a long average.
+    ema <- d ema + (1 - d) parameter, with d = decay.  With a ramp it is
+    d = min(decay, (1 + n) / (10 + n)) at update n, which lets a short run use a
+    long average.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
+    def __init__(self, model: nn.Module, decay: float, ramp: bool = True) -> None:
+        self.decay, self.ramp, self.updates = decay, ramp, 0
         self.model = copy.deepcopy(model).eval()
         pairs = zip(model.parameters(), self.model.parameters())
         self.source, self.target = zip(*(pair for pair in pairs if pair[0].requires_grad))
@@ -577,7 +614,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = (1 + self.updates) / (10 + self.updates) if self.ramp else 1
+        decay = min(self.decay, decay)
         self.updates += 1
         torch._foreach_lerp_(self.target, self.source, 1 - decay)
 

@@ -27,22 +27,25 @@ from runtime import InputError, Runtime
 
 # ------------------------------------------------------------------------------
 # A preset is a row of defaults, which any flag overrides.  "small" is for
-# photographs of 32 pixels on a CPU.  The paper's rows are from Tables 1 and
-# 4; what it calls DiT is trained as SiT, with uniform t and no cosine term.  An
-# epoch has 1251 batches of 1024 images, or 1668 of 768.
+# photographs of 32 pixels on a CPU, and "photos" for one GPU.  The paper's rows
+# are from Tables 1 and 4; what it calls DiT is trained as SiT, with uniform t and
+# no cosine term.  An epoch has 1251 batches of 1024 images, or 1668 of 768.
 #
 # What has no flag: steps of linear warm-up, share of the steps over which the
 # rate falls to 0 at the end, steps between lines of the log, steps of Euler
-# behind a picture, and how many of the endless shapes are encoded.
+# behind a picture, how many of the endless shapes are encoded, and whether the
+# average begins with a short memory.
 
-COMMON = dict(warmup=100, cooldown=0.0, log_every=50, grid_steps=25, shapes=20_000)
+COMMON = dict(warmup=100, cooldown=0.0, log_every=50, grid_steps=25, shapes=20_000, ramp=True)
 BASE = COMMON | dict(
-    model="B", steps=80 * 1251, batch=1024, lr=2e-4, ema=0.9999, save_every=5000)
+    model="B", steps=80 * 1251, batch=1024, lr=2e-4, ema=0.9999, ramp=False, save_every=5000)
 PRESETS = {
     "demo": COMMON | dict(
         model="shapes", steps=3300, batch=32, lr=4e-3, cooldown=1.0, ema=0.995,
         latent="mean"),
     "small": COMMON | dict(model="demo", steps=3000, batch=32, lr=1e-3, ema=0.999),
+    "photos": COMMON | dict(model="S", steps=100_000, batch=128, lr=2e-4, ema=0.9995,
+                            save_every=5000),
     "lightningdit-b": BASE,
     "lightningdit-b-plus": BASE | dict(steps=160 * 1251),
     "dit-b": BASE | dict(model="DiT-B", t="uniform", cosine_weight=0.0),
@@ -54,8 +57,8 @@ SMOKE = dict(
     workers=0, tokenizer=Path("runs/smoke/tokenizer/checkpoint.pt"),
     cache=Path("runs/smoke/latents"), out=Path("runs/smoke/dit"))
 FREE = {  # flags that may change when a run goes on
-    "preset", "cache", "out", "steps", "accumulate", "workers", "save_every", "smoke",
-    "log_every", "grid_steps", "device", "recompute", "compile"}
+    "preset", "cache", "out", "steps", "epochs", "accumulate", "workers", "save_every",
+    "log_every", "grid_steps", "smoke", "device", "recompute", "compile", "t", "shift"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,6 +75,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--latent", choices=["sample", "mean"], default="sample",
         help="learn draws of z, or the posterior's mean")
     add("--model", choices=models.DITS, help="row of models.DITS")
+    add("--init", type=Path, help="start from this DiT, ours or a published one, "
+        "whose size takes the place of --model")
     add("--out", type=Path, default=Path("runs/dit"), help="folder")
 
     add = p.add_argument_group("optimisation").add_argument
@@ -87,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--ema", type=fraction, help="decay of the averaged weights")
     add("--t", choices=["logit-normal", "uniform"], default="logit-normal",
         help="distribution of the times")
-    add("--t-shift", type=positive, default=1.0,
+    add("--shift", type=positive, default=1.0,
         help="below 1 towards the noise; RAE: sqrt(4096 / C h w)")
     add("--cosine-weight", type=non_negative, default=1.0, help="0 leaves Eq. 4")
     add("--label-dropout", type=fraction, default=0.1, help="share without a label")
@@ -148,6 +153,24 @@ class TimeBins:
         return {"velocity": sum(errors) / sum(counts), "by_t": by_t}
 
 
+def build(row: str, init: Path | None, latents: data.LatentSet) -> models.DiT:
+    """A network of this row, or that of `init` with embeddings for other classes."""
+    needed = {"in_channels": latents.shape[0], "input_size": latents.shape[1],
+              "num_classes": len(latents.classes)}
+    if init is None:
+        return models.build_dit(models.DITS[row] | needed)
+    known, _ = checkpoints.load_dit(init)
+    if any(known.config[k] != needed[k] for k in ("in_channels", "input_size")):
+        raise InputError(f"{init} was made for other latents than {latents.shape}: give its "
+                         "own tokenizer and --size")
+    dit, state = models.build_dit(known.config | needed), known.state_dict()
+    if known.config["num_classes"] != needed["num_classes"]:
+        name = "y_embedder.embedding_table.weight"   # its last row is for no class
+        state[name] = torch.cat([dit.state_dict()[name][:-1], state[name][-1:]])
+    dit.load_state_dict(state)
+    return dit
+
+
 # ------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024) takes the matrices of attention and MLP.  With
 # "match_rms_adamw" its steps are as large as AdamW's, so that one rate fits both.
@@ -158,8 +181,8 @@ class Learner:
     """All that a step changes: the network, its average, its optimisers, its errors."""
 
     def __init__(self, dit: models.DiT, kind: str, lr: float, betas: list[float],
-                 decay: float) -> None:
-        self.dit, self.ema = dit, runtime.Ema(dit, decay)
+                 decay: float, ramp: bool = True) -> None:
+        self.dit, self.ema = dit, runtime.Ema(dit, decay, ramp)
         self.bins = TimeBins(next(dit.parameters()).device)
         matrices = [p for name, p in dit.blocks.named_parameters()
                     if kind == "muon" and p.ndim == 2 and "adaLN" not in name]
@@ -236,14 +259,14 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{args.latents} has {latents.shape[0]} channels, but "
                          f"{args.tokenizer} has {tokenizer.channels}")
     mean, std = latents.statistics(args.latent)
+    if args.epochs:
+        args.steps = runtime.steps_of(args.epochs, len(latents), args.batch)
 
     # The network that learns them, new or as the checkpoint has it.
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    dit = models.build_dit(models.DITS[args.model] | {
-        "in_channels": latents.shape[0], "input_size": latents.shape[1],
-        "num_classes": len(latents.classes)}).to(rt.device)
+    dit = build(args.model, args.init, latents).to(rt.device)
     dit.recompute = args.recompute
-    learner = Learner(dit, args.optimizer, args.lr, args.betas, args.ema)
+    learner = Learner(dit, args.optimizer, args.lr, args.betas, args.ema, args.ramp)
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {  # by content, not by name
         "tokenizer": sha256, "data_sha256": latents.sha256}
@@ -273,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
             t = runtime.global_rand(len(z), rt, args.seed, "t", step)
         else:
             t = runtime.global_randn(z.shape[:1], rt, args.seed, "t", step).sigmoid()
-        t = flow.time_shift(t, args.t_shift)
+        t = flow.time_shift(t, args.shift)
         hidden = runtime.global_rand(len(z), rt, args.seed, "labels", step)
         y = torch.where(hidden < args.label_dropout, len(latents.classes), batch["y"])
 

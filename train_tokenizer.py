@@ -68,7 +68,7 @@ PRESETS = {
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, val_images=8,
              workers=0, out=Path("runs/smoke/tokenizer"))
 # A run may go on with other values of these.
-FREE = {"steps", "save_every", "log_every", "workers", "device", "out", "smoke",
+FREE = {"steps", "epochs", "save_every", "log_every", "workers", "device", "out", "smoke",
         "compile", "recompute"}
 LOSSES = "ve", "kl", "sigma", "none", "log-entropy", "negative-variance"
 ANALYZE2 = {"log-entropy": log_entropy, "negative-variance": negative_variance}
@@ -360,6 +360,8 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
     train = data.open_dataset(args.data, args.size, "train", args.seed)
+    if args.epochs:
+        args.steps = runtime.steps_of(args.epochs, len(train), args.batch)
     val = data.open_dataset(args.data, args.size, "val", args.seed)
     val = data.once(val, args.batch, limit=args.val_images)
     val = torch.cat([part["x"] for part in val])
