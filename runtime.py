@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 try:
     import fcntl
 except ImportError:   # on Windows, where nothing is locked
-    fcntl = None
+    fcntl = None   # type: ignore[assignment]
 
 # While a stage imports, Ctrl-C has no traceback to show.  `command` takes over.
 HERE = Path(__file__).parent
@@ -86,7 +86,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             message, status = "error: another process of this run has ended, and says why", 2
         finally:
             finish()
-        script = Path(sys.modules[main.__module__].__file__).name
+        script = Path(sys.modules[main.__module__].__file__ or "").name
         print(f"{script}: {message}", file=sys.stderr, flush=True)
         raise SystemExit(status)
     return wrapped
@@ -193,7 +193,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=first, epilog="\n\n".join(examples), allow_abbrev=False,
                          formatter_class=Help)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse(self, argv: list[str] | None, presets: dict[str, dict] = {},
@@ -339,7 +339,7 @@ def start(device: str = "auto") -> Runtime:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-    place = torch.device(kind, local if kind == "cuda" else None)
+    place = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
     return Runtime(place, rank, world, local)
 
 
@@ -380,7 +380,7 @@ def gather_rows(tensor: Tensor, runtime: Runtime) -> Tensor:
     """All ranks' rows in the order of the ranks: [n_r, ...] -> [sum of n_r, ...]."""
     if runtime.world == 1:
         return tensor
-    parts = [None] * runtime.world
+    parts: list[Any] = [None] * runtime.world
     dist.all_gather_object(parts, tensor.cpu())
     return torch.cat(parts).to(tensor.device)
 
@@ -508,8 +508,7 @@ def lock(folder: Path, shared: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     while not old or not path.exists() or not os.path.samestat(old, path.stat()):
         # Another process may have removed the file since it was opened.
-        file, _ = locks.pop(path, (None, shared))
-        file = file or open(path, "a+")
+        file = locks.pop(path)[0] if path in locks else open(path, "a+")
         old = os.fstat(file.fileno())
         try:
             if fcntl:
@@ -635,7 +634,8 @@ class FiniteCheck:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.wait, self.pending = device.type == "cuda", []
+        self.wait = device.type == "cuda"
+        self.pending: list[tuple[int, list[str], Tensor]] = []
 
     def add(self, step: int, terms: dict[str, Tensor]) -> None:
         """terms: [] tensors, in the order in which they are to be blamed."""

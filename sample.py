@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import runtime  # before torch: it says how idle threads wait
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
 import checkpoints
@@ -35,18 +37,24 @@ from runtime import InputError
 # A preset is a row of defaults, which any flag overrides.  The paper guides by
 # 1.70 for its best table (Sec. 5.3), and by 1.45 for the figures of supplement
 # D.  It states neither a time shift nor how labels are drawn.  LightningDiT's
-# published protocol guides the first three channels only.
+# protocol guides the first three channels only, after 800 epochs or after 64.
 
 PAPER = dict(count=50_000, steps=250, cfg_channels=0)
+LIGHTNINGDIT = PAPER | dict(
+    steps=249, shift=0.3, labels="random", cfg_channels=3, precision="fp32")
 PRESETS = {
     "demo": dict(count=500, steps=25, guidance=3.0, cfg_channels=0),
     "plain": dict(count=1000, steps=50, cfg_channels=0),
     "paper-1.70": PAPER | dict(guidance=1.70, interval=[0.21, 1.0]),
     "paper-1.45": PAPER | dict(guidance=1.45, interval=[0.13, 1.0]),
-    "lightningdit": PAPER | dict(
-        steps=249, shift=0.3, guidance=6.7, interval=[0.125, 1.0], cfg_channels=3,
-        precision="fp32"),
+    "lightningdit": LIGHTNINGDIT | dict(guidance=6.7, interval=[0.125, 1.0]),
+    "lightningdit-64": LIGHTNINGDIT | dict(guidance=10.0, interval=[0.11, 1.0]),
+    "lightningdit-plain": LIGHTNINGDIT,
 }
+THEIRS = {  # names that SiT and LightningDiT give to some of the flags
+    "--cfg-scale": "--guidance", "--num-sampling-steps": "--steps", "--ckpt": "--dit",
+    "--num-fid-samples": "--count", "--per-proc-batch-size": "--batch",
+    "--global-seed": "--seed", "--sample-dir": "--out"}
 SMOKE = dict(
     count=5, steps=2, batch=3, dit=Path("runs/smoke/dit/checkpoint.pt"),
     out=Path("runs/smoke/samples"))
@@ -62,23 +70,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--latent-stats", type=Path, help="mean and std, for a published DiT")
     add("--out", type=Path, default=Path("runs/samples"), help="folder")
     add("--count", type=count, help="images in all")
+    add("--class", action="append", dest="classes", metavar="CLASS",
+        help="index or name; only the classes so given; repeatable")
     add("--labels", choices=["balanced", "random"], default="balanced",
-        help="all classes equally often, or at random")
+        help="classes equally often, or at random")
     add("--batch", type=count, default=100, help="images at a time, per process")
-    add("--seed", type=int, default=0, help="of the noise and of random labels")
+    add("--seed", type=runtime.seed, default=0, help="of the noise and of random labels")
     add("--sampler", choices=["euler", "heun", "sde"], default="euler",
         help="the ODE to first or second order, or SiT's SDE")
     add("--steps", type=count, help="steps from noise to data")
     add("--shift", type=runtime.positive, default=1.0,
         help="below 1 for more steps near the noise")
-    add("--guidance", type=float, default=1.0, help="scale; 1: none")
-    add("--interval", type=runtime.non_negative, nargs=2, default=[0.0, 1.0],
+    add("--guidance", type=runtime.non_negative, default=1.0, help="scale; 1: none")
+    add("--interval", type=runtime.share, nargs=2, default=[0.0, 1.0],
         help="times of guidance; t = 1 is the data")
     add("--guide", type=Path, help="a weaker DiT to guide by, as in RAE")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="of the networks; auto is bf16 on CUDA")
     add("--smoke", action="store_true", help="a few images in a few steps")
+    for name, ours in THEIRS.items():  # and --help does not repeat them
+        p._option_string_actions[name] = p._option_string_actions[ours]
     args = p.parse(argv, PRESETS, SMOKE)
     if args.guide and args.guidance == 1:
         raise InputError("--guide does nothing at --guidance 1; RAE takes 1.42")
@@ -89,7 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # ------------------------------------------------------------------------------
 # A checkpoint of ours names its tokenizer, and holds the statistics of its
-# latents.  To a published one both must be given.
+# latents.  To a published one both must be given, and its classes are ImageNet's
+# if there are 1000.
 
 
 class Networks:
@@ -105,7 +118,9 @@ class Networks:
         config, named = self.dit.config, origin.get("tokenizer", {})
         channels, side = config["in_channels"], config["input_size"]
         self.shape, self.null = [channels, side, side], config["num_classes"]
-        self.classes = origin.get("classes") or [str(i) for i in range(self.null)]
+        imagenet = ResNet18_Weights.DEFAULT.meta["categories"]
+        self.classes = origin.get("classes") or (
+            imagenet if self.null == 1000 else [str(i) for i in range(self.null)])
         if not (tokenizer or named):
             raise InputError(f"{dit} names no tokenizer: give --tokenizer")
         tokenizer = tokenizer or Path(named["path"])
@@ -118,8 +133,8 @@ class Networks:
         self.data_seed = file.get("config", {}).get("seed", 0)
         known = checkpoints.read(stats) if stats else origin
         names = ("mean", "std") if stats else ("latent_mean", "latent_std")
-        found = [known[k].float().flatten() for k in names if k in known]
-        if [len(values) for values in found] != [channels, channels]:
+        found = [known[k].float().flatten() for k in names if torch.is_tensor(known.get(k))]
+        if [values.isfinite().sum() for values in found] != [channels, channels]:
             raise InputError(f"{stats or dit} has no mean and std of {channels} channels: "
                              "give --latent-stats")
         self.mean, self.std = found
@@ -137,6 +152,15 @@ class Networks:
         files = [path for path in (dit, tokenizer, stats, guide) if path]
         self.sha256 = {str(path): runtime.file_sha256(path) for path in files}
 
+    def find(self, wanted: list[str]) -> Tensor:
+        """The labels of these classes, which are names or else indices; or all labels."""
+        known = {str(i): i for i in range(self.null)}
+        known |= {name: i for i, name in enumerate(self.classes)}
+        for name in set(wanted) - set(known):
+            raise InputError(f"--class {name} is no name and no index of a class: there are "
+                             f"{self.null}, and `python checkpoints.py show` lists them")
+        return torch.tensor([known[name] for name in wanted] or range(self.null))
+
     def decode(self, z: Tensor) -> Tensor:
         """x_hat on the CPU, a few images at a time, to save memory."""
         return torch.cat([self.tokenizer.decode(few).cpu() for few in z.split(16)])
@@ -148,13 +172,27 @@ def noise_of(images: list[int], shape: list[int], seed: int, *stream: int | str)
     return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
 
 
+def save_images(path: Path, parts: list[Path], shape: tuple[int, ...], labels: Tensor) -> None:
+    """As np.savez, part by part: 50,000 images may be more than the memory holds."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with runtime.atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for part in parts:
+                array.write(np.load(part).data)
+        with archive.open("arr_1.npy", "w", force_zip64=True) as array:
+            np.save(array, labels.numpy())
+
+
 def save_grid(path: Path, images: np.ndarray, labels: Tensor, classes: list[str]) -> None:
     """A row for each of the first ten classes: its name, and eight images."""
     side = images.shape[1] * max(1, 64 // images.shape[1])  # enlarges small ones
-    grid = Image.new("RGB", (80 + 8 * side, side * len(classes[:10])), "white")
-    for row, name in enumerate(classes[:10]):
+    shown = labels.unique()[:10].tolist()
+    grid = Image.new("RGB", (80 + 8 * side, side * len(shown)), "white")
+    for row, label in enumerate(shown):
+        name = classes[label].replace(" ", "\n")
         ImageDraw.Draw(grid).text((4, side * row + side // 2 - 6), name, "black")
-        for column, i in enumerate((labels == row).nonzero()[:8, 0].tolist()):
+        for column, i in enumerate((labels == label).nonzero()[:8, 0].tolist()):
             tile = Image.fromarray(images[i]).resize((side, side), Image.NEAREST)
             grid.paste(tile, (80 + side * column, side * row))
     with runtime.atomic(path) as temporary:
@@ -170,26 +208,32 @@ def save_grid(path: Path, images: np.ndarray, labels: Tensor, classes: list[str]
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
+    runtime.claim(rt, args.out)
     net = Networks(args.dit, args.tokenizer, args.latent_stats, args.guide, rt.device)
-    labels = torch.arange(args.count) % net.null
+    classes = net.find(args.classes or [])
+    order = torch.arange(args.count) % len(classes)
     if args.labels == "random":
-        labels = torch.randint(net.null, (args.count,),
-                               generator=runtime.generator(args.seed, "sample labels"))
+        order = torch.randint(len(classes), (args.count,),
+                              generator=runtime.generator(args.seed, "sample labels"))
+    labels = classes[order]
 
     # What decides what the images are.
     settings = runtime.plain(args) | {"device": rt.device.type, "sha256": net.sha256}
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     npz, facts = args.out / "samples.npz", args.out / "samples.json"
-    if npz.exists() and facts.exists():
-        if json.loads(facts.read_text()).get("digest") == digest:
-            return rt.print(f"{args.out} has these samples already")
+    if npz.exists() and facts.exists() and runtime.read_json(facts).get("digest") == digest:
+        remove_parts(args.out, rt)
+        return rt.print(f"{args.out} has these samples already")
 
-    folder = args.out / f".parts-{digest[:16]}"
+    folder, size = args.out / f".parts-{digest[:16]}", net.shape[1] * net.tokenizer.stride
     parts = {folder / f"{images[0]:08d}.npy": images.tolist()
              for images in torch.arange(args.count).split(args.batch)}
     missing = [part for part in parts if not part.exists()]
     runtime.barrier()  # everybody looks before anybody writes
-    for part in tqdm(missing[rt.rank::rt.world], "samples", disable=not rt.is_main):
+    mine = missing[rt.rank::rt.world]
+    bar = tqdm(desc="samples", total=sum(len(parts[part]) for part in mine), unit="image",
+               unit_scale=rt.world, disable=not rt.is_main)
+    for part in mine:
         images = parts[part]
         noise = noise_of(images, net.shape, args.seed).to(rt.device)
         velocity_fn = flow.guided_velocity(
@@ -218,26 +262,20 @@ def main(argv: list[str] | None = None) -> None:
                              "--precision fp32, or train the DiT again")
         with runtime.atomic(part) as file:
             np.save(file, data.to_uint8(x_hat).permute(0, 2, 3, 1).numpy())
+        bar.update(len(images))
     runtime.barrier()
 
     if rt.is_main:
-        # On disk, because 50,000 images may be more than the memory holds.
-        size = net.shape[1] * net.tokenizer.stride
-        pixels = np.lib.format.open_memmap(
-            folder / "all", "w+", np.uint8, (args.count, size, size, 3))
-        for part, images in parts.items():
-            pixels[images] = np.load(part)
-        with runtime.atomic(npz) as file:
-            np.savez(file, arr_0=pixels, arr_1=labels.numpy())
-        save_grid(args.out / "grid.png", pixels, labels, net.classes)
+        facts.unlink(missing_ok=True)  # they tell of other images
+        save_images(npz, [*parts], (args.count, size, size, 3), labels)
+        save_grid(args.out / "grid.png", data.open_array(npz, "arr_0"), labels, net.classes)
         runtime.write_json(facts, settings | {
             "digest": digest,
             "data": net.data,
             "data_seed": net.data_seed,
             "versions": runtime.versions(),
         })
-        for folder in args.out.glob(".parts-*"):
-            shutil.rmtree(folder)
+    remove_parts(args.out, rt)
     rt.print(f"wrote {npz} and {args.out / 'grid.png'}")
 
 

@@ -18,10 +18,11 @@ import functools
 import hashlib
 import math
 import multiprocessing
+import signal
 import statistics
 import time
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, process
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -33,8 +34,10 @@ from matplotlib.patches import Ellipse
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import flow
 import losses
+from runtime import InputError
 
 # ------------------------------------------------------------------------------
 # The data, Eqs. 20 and 21: class A of the toy in "Guiding a Diffusion Model with
@@ -354,7 +357,8 @@ def draw(arms: list[dict], title: str, path: Path) -> None:
             ax.add_patch(Ellipse(mean, *(2 * std), fill=False))
         ax.plot([0.9 * reach - 5, 0.9 * reach], [-0.9 * reach] * 2, "k", lw=3)
         ax.text(0.9 * reach, -0.8 * reach, "5 units", ha="right", backgroundcolor="w")
-    figure.savefig(path, dpi=72)
+    with runtime.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=72)
 
 
 # ------------------------------------------------------------------------------
@@ -370,8 +374,14 @@ def run_arm(job: tuple) -> None:
     train(model, recipe)
     done = evaluate(model.cpu(), recipe["points"])
     done |= {"arm": asdict(arm), "model": model.state_dict(), "seconds": time.time() - begin}
-    with runtime.atomic(path) as temporary:
-        torch.save(done, temporary)
+    checkpoints.save(done, path)
+
+
+def read_arm(path: Path, arm: Arm) -> dict:
+    found = checkpoints.read(path)
+    if found.get("arm") != asdict(arm):
+        raise InputError(f"{path} is not the file of this arm: remove it")
+    return found
 
 
 def run(arms: list[Arm], recipe: dict, device: torch.device, folder: Path,
@@ -381,14 +391,21 @@ def run(arms: list[Arm], recipe: dict, device: torch.device, folder: Path,
     for arm in arms:
         digest = hashlib.blake2b(repr((arm, recipe)).encode(), digest_size=4).hexdigest()
         paths.append(folder / f"{arm.name}, seed {arm.seed}, {digest}.pt")
-        if not paths[-1].exists():
+        if paths[-1].exists():
+            read_arm(paths[-1], arm)   # a damaged file is named before the work
+        else:
             jobs.append((arm, recipe, device, kind, paths[-1]))
     processes = min(torch.get_num_threads(), len(jobs)) if device == CPU else 1
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, processes), context) as pool:
-        done = (pool.map if processes > 1 else map)(run_arm, jobs)
-        list(tqdm(done, "arms", len(jobs), disable=None))
-    return [torch.load(path, weights_only=True) for path in paths]
+    with ProcessPoolExecutor(max(1, processes), context, runtime.helper) as pool:
+        try:
+            done = (pool.map if processes > 1 else map)(run_arm, jobs)
+            list(tqdm(done, "arms", len(jobs), disable=None))
+        except BaseException:   # the pool would wait for the ends of its arms
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+    return [read_arm(path, arm) for path, arm in zip(paths, arms)]
 
 
 @runtime.command
@@ -397,7 +414,7 @@ def main(argv: list[str] | None = None) -> dict:
     add = parser.add_argument
     add("--preset", choices=list(PRESETS), default="small", help="sizes of everything")
     add("--smoke", action="store_true", help="a few steps of everything, in seconds")
-    add("--seeds", type=int, nargs="+", default=[0], help="the arms are run for each")
+    add("--seeds", type=runtime.seed, nargs="+", default=[0], help="the arms are run for each")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     add("--out", type=Path, default=Path("runs/toy2d"), help="folder of arms and figures")
     add("--json", type=Path, help="file of the numbers, if not OUT/toy2d.json")
