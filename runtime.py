@@ -9,6 +9,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
@@ -316,8 +317,10 @@ class Runtime:
         if self.world == 1:
             return module
         ids = [self.local_rank] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False,
-                                       gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters   # renamed in 2.13
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True,
+                                       **{sync: False})   # type: ignore[arg-type]
 
 
 def start(device: str = "auto") -> Runtime:
@@ -527,7 +530,8 @@ def lock(folder: Path, shared: bool = False) -> None:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} ({command_line()})")
         file.flush()
-        for left in folder.iterdir():   # by processes that were killed while they wrote
+        for left in (*folder.glob(".*"), *folder.glob("*/.*")):
+            # by processes that were killed while they wrote
             if re.match(r"\.\d+-", left.name) and left.is_file():
                 left.unlink()
 

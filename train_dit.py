@@ -328,6 +328,10 @@ def main(argv: list[str] | None = None) -> None:
             runtime.check_same_on_all_ranks(dit)
             errors_by_t = bins.total()
             if rt.is_main:
+                with rt.autocast(args.precision):
+                    save_picture(
+                        args.out / "images" / f"{done:07d}.png", learner.ema.model,
+                        tokenizer, latents.shape, mean, std, args.grid_steps, rt)
                 checkpoints.save({
                     "kind": "dit", "config": config, "step": done,
                     "model_config": dit.config, "model": dit.state_dict(),
@@ -340,10 +344,6 @@ def main(argv: list[str] | None = None) -> None:
                     "latent_mean": mean,
                     "latent_std": std,
                 }, checkpoint)
-                with rt.autocast(args.precision):
-                    save_picture(
-                        args.out / "images" / f"{done:07d}.png", learner.ema.model,
-                        tokenizer, latents.shape, mean, std, args.grid_steps, rt)
             runtime.barrier()
         if stop:
             raise runtime.Stopped(f"stopped at step {done}; the same command goes on")
