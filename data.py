@@ -19,26 +19,32 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
-import struct
+import shutil
+import signal
 import sys
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from numpy import ndarray
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoints
 import runtime
 from runtime import InputError
+from shapes import SHAPES, Shapes, hash_bits, uniform  # noqa: F401
 
 Device = torch.device | str
 
@@ -48,8 +54,12 @@ Device = torch.device | str
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """round(127.5 (x + 1)), clamped to 0..255."""
-    return (127.5 * (x.float() + 1)).round().clamp(0, 255).to(torch.uint8)
+    """round(127.5 (x + 1)), clamped to 0..255.  NaN, which would be black, is refused."""
+    x = x.float()
+    if not x.sum().isfinite():   # 60 times as fast as to look at every number
+        raise InputError("an image holds NaN or infinity: use --precision fp32, or "
+                         "train its network again")
+    return (127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
@@ -57,172 +67,21 @@ def from_uint8(pixels: Tensor) -> Tensor:
     return pixels.float().div(127.5).sub(1)
 
 
-# ------------------------------------------------------------------------------
-# Random numbers without a state: a hash (the finaliser of SplitMix64, Steele et
-# al. 2014) of a key and a counter.  There is no generator to send to a worker,
-# nor one to restore.
+def save_rows(path: str | Path, rows: dict[str, Any]) -> None:
+    """A PNG with a row of images, uint8 [n, H, W, 3], beside each name.
 
-
-def hash_bits(key, counter):
-    """64 random bits for each (key, counter), which broadcast."""
-    key = np.atleast_1d(key).astype(np.uint64)
-    counter = np.atleast_1d(counter).astype(np.uint64)
-    z = key + 0x9E3779B97F4A7C15 * (counter + 1)
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-def uniform(seed, stream, counter, count):
-    """`count` numbers in [0, 1) for each counter: [b, count]."""
-    keys = hash_bits(hash_bits(seed % 2**63, stream), counter)
-    bits = hash_bits(keys[:, None], np.arange(count))
-    return (bits >> 40).astype(np.float32) / 2**24
-
-
-def epoch_order(n, seed, epoch):
-    """The permutation of range(n) in which an epoch visits the images."""
-    key = hash_bits(hash_bits(seed % 2**63, 1), epoch)
-    return np.argsort(hash_bits(key, np.arange(n)), kind="stable")
-
-
-# ------------------------------------------------------------------------------
-# The built-in data set: one coloured shape on a plain or softly shaded ground.
-# A shape is a signed distance (negative inside) on [-1, 1]^2 with y down, and it
-# fills about the unit disc.  Its edge is one and a half pixels wide, so that a
-# scene is the same picture at any resolution.
-
-
-def norm(x, y):
-    return np.sqrt(x * x + y * y)
-
-
-def star(x, y):
-    """A pentagram: its points are outside at most one of five half-planes."""
-    angles = np.arange(5, dtype=np.float32) * 2 * np.pi / 5
-    sides = [np.sin(a) * x + np.cos(a) * y for a in angles]
-    return np.partition(sides, 3, axis=0)[3] - 0.33
-
-
-def cross(x, y):
-    x, y = abs(x), abs(y)
-    return np.maximum(np.minimum(x, y) - 0.3, np.maximum(x, y) - 0.95)
-
-
-def heart(x, y):
-    """A square on its corner, and a disc on each of its upper sides."""
-    x = abs(x)
-    return np.minimum((x + abs(y - 0.1)) / 1.41, norm(x - 0.41, y + 0.31)) - 0.58
-
-
-def bars(x, y):
-    middle = 0.64 * np.clip(np.rint(x / 0.64), -1, 1)
-    return np.maximum(abs(y) - 0.85, abs(x - middle) - 0.19)
-
-
-SHAPES = {
-    "disc": lambda x, y: norm(x, y) - 0.9,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.78,
-    "triangle": lambda x, y: np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.52,
-    "star": star,
-    "ring": lambda x, y: abs(norm(x, y) - 0.7) - 0.23,
-    "cross": cross,
-    "heart": heart,
-    "crescent": lambda x, y: np.maximum(norm(x, y) - 0.95, 0.78 - norm(x - 0.5, y)),
-    "hourglass": lambda x, y: np.maximum(
-        abs(y) - 0.85, 0.75 * (abs(x) - 0.9 * abs(y)) - 0.08),
-    "bars": bars,
-}
-
-
-def colour(lightness, hue, chroma):
-    """RGB of a hue in turns: [b, 1, 1, 1] each -> [b, 3, 1, 1]."""
-    thirds = np.arange(3, dtype=np.float32)[:, None, None] / 3
-    return lightness + chroma * np.cos(2 * np.pi * (hue + thirds))
-
-
-def distances(labels, x, y):
-    """The signed distance of row i to the shape of labels[i]: [b, s, s]."""
-    out = np.empty(x.shape, dtype=np.float32)
-    for label, distance in enumerate(SHAPES.values()):
-        rows = labels == label
-        out[rows] = distance(x[rows], y[rows])
-    return out
-
-
-NUMBERS = 11   # in [0, 1), of which a scene is made
-
-
-def render_scenes(u, size):
-    """One scene for each row of u [b, NUMBERS], whose first number is the label.
-
-    Returns images uint8 [b, 3, size, size], labels int64 [b], and how much of
-    each pixel the shape covers, [b, size, size] in [0, 1].
+    Small images are enlarged, so that their pixels can be seen.
     """
-    columns = iter(u.T[:, :, None, None])
-    line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
-    x, y = line[None, None, :], line[None, :, None]
-
-    def draw(low, high):   # [b, 1, 1]
-        return low + (high - low) * next(columns)
-
-    # The shape's own coordinates are those of the image, moved, turned and scaled.
-    labels = draw(0, len(SHAPES)).astype(int).ravel()
-    radius, angle = draw(0.6, 0.8), draw(-0.25, 0.25)
-    dx, dy = x - draw(-0.15, 0.15), y - draw(-0.15, 0.15)
-    cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
-    distance = radius * distances(labels, cos * dx + sin * dy, cos * dy - sin * dx)
-    t = np.clip(0.5 - distance * (size / 3), 0, 1)
-    mask = t * t * (3 - 2 * t)   # smoothstep
-
-    # The ground is plain in one half of the images.  The shape differs from it in
-    # lightness and in hue.
-    ground, hue, direction = draw(0.2, 0.8), draw(0, 1), draw(0, 2 * np.pi)
-    slope = np.maximum(draw(-0.15, 0.15), 0)
-    shade = ground + slope * (np.cos(direction) * x + np.sin(direction) * y)
-    front = ground + np.copysign(draw(0.3, 0.4), 0.5 - ground)
-    below = colour(shade[:, None], hue[:, None], 0.12)
-    above = colour(front[:, None], (hue + draw(0.3, 0.7))[:, None], 0.3)
-    image = below + mask[:, None] * (above - below)
-    return (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8), labels, mask
-
-
-class Shapes:
-    """Scenes, each of them a function of (seed, split, index), with their shapes.
-
-    Any index >= 0 can be rendered; `length` says how many make an epoch.
-    """
-
-    name, classes, note = "shapes", list(SHAPES), ""
-
-    def __init__(self, size: int, split: str, seed: int = 0) -> None:
-        self.size, self.split, self.seed = size, split, seed
-        self.length = 100_000 if split == "train" else 2_000
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        images, labels, _ = self.render_batch([index])
-        return images[0], int(labels[0])
-
-    def render_batch(self, indices: ndarray) -> tuple[Tensor, ...]:
-        """images uint8 [b, 3, s, s], labels [b], masks [b, s, s] in [0, 1]."""
-        u, s = self.numbers(indices, NUMBERS), self.size
-        piece = max(1, 2**16 // s**2)   # so many images fit the cache of a CPU
-        parts = [render_scenes(u[i:i + piece], s) for i in range(0, len(u), piece)]
-        return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
-
-    def numbers(self, indices, count):
-        stream = 10 if self.split == "train" else 11
-        return uniform(self.seed, stream, np.asarray(indices), count)
-
-    def labels(self, indices: ndarray) -> Tensor:
-        first = self.numbers(indices, 1)[:, 0]
-        return torch.from_numpy((first * len(SHAPES)).astype(int))
-
-    def read(self, indices: ndarray, places: ndarray) -> list[Tensor]:
-        return list(self.render_batch(indices)[0])
+    size = next(iter(rows.values())).shape[1]
+    side, most = size * max(1, 64 // size), max(map(len, rows.values()))
+    grid = Image.new("RGB", (110 + most * side, len(rows) * side), "white")
+    for row, (name, images) in enumerate(rows.items()):
+        ImageDraw.Draw(grid).text((4, side * row + side // 2 - 6), name, "black")
+        for column, image in enumerate(images):
+            tile = Image.fromarray(np.asarray(image)).resize((side, side), Image.Resampling.NEAREST)
+            grid.paste(tile, (110 + side * column, side * row))
+    with runtime.atomic(path) as temporary:
+        grid.save(temporary)
 
 
 # ------------------------------------------------------------------------------
@@ -231,8 +90,24 @@ class Shapes:
 # [0, 1) is where the crop lies.
 
 CENTRE = (0.499999, 0.499999)   # puts r // 2 of a margin of r pixels before the crop
-FORMATS = ("JPEG", "PNG", "WEBP")
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+# Pillow goes by the content of a file, and would run Ghostscript on an EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PIXELS, ASPECT = 64_000_000, 50   # the most of an image, and of its long side / short
+
+
+@contextmanager
+def picture(path):
+    """A file of which only the header is read yet.  What is no image raises anything.
+
+    Every image file is opened here.  Pillow's warnings about it are not shown.
+    """
+    with (warnings.catch_warnings(action="ignore"),
+          Image.open(runtime.regular(path), formats=FORMATS) as image):
+        short, long = sorted(image.size)
+        if not 0 < long <= ASPECT * short or short * long > PIXELS:
+            raise InputError(f"{path} has {short} x {long} pixels: crop it")
+        yield image
 
 
 def adm_crop(image: Image.Image, size: int, place: tuple = CENTRE) -> Image.Image:
@@ -275,16 +150,17 @@ class Pictures:
         images = []
         for index, place in zip(indices, places, strict=True):
             try:
-                image = self.open_image(index)
-            except Exception:   # Pillow raises anything from OSError to SyntaxError
-                images.append(None)
-            else:
-                pixels = np.array(adm_crop(image, self.size, place))
+                pixels = np.array(adm_crop(self.open_image(index), self.size, place))
                 images.append(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+            except Exception:   # Pillow raises anything from MemoryError to SyntaxError
+                images.append(None)
         return images
 
     def open_image(self, index):
         return Image.fromarray(self.pixels[index])
+
+    def name_of(self, index: int) -> str:
+        return f"image {index} of {self.name}"
 
 
 class Cifar10(Pictures):
@@ -302,20 +178,21 @@ class Cifar10(Pictures):
 
 
 class Folder(Pictures):
-    """Files of a folder: {class: names relative to `folder`}."""
+    """Files of a folder; ignored: names of what else is there, by kind."""
 
-    def __init__(self, name, size, split, folder, files):
-        counts = [len(part) for part in files.values()]
-        targets = np.repeat(np.arange(len(files)), counts)
-        super().__init__(name, size, split, list(files), targets)
+    def __init__(self, name, size, split, folder, classes, files, targets):
+        super().__init__(name, size, split, classes, np.array(targets))
         self.folder = folder
         # One array: a million Python strings would be copied into every worker.
-        self.files = np.array([os.fsencode(f) for part in files.values() for f in part])
+        self.files = np.array([os.fsencode(file) for file in files])
 
     def open_image(self, index):
-        with Image.open(self.name_of(index), formats=FORMATS) as image:
-            if image.mode.startswith("I;16"):   # of 16 bits, which Pillow would clip
+        with picture(self.name_of(index)) as image:
+            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+                # These have 16 bits, which Pillow would clip.
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise InputError(f"{self.name_of(index)} does not say what white is")
             return image.convert("RGB")
 
     def name_of(self, index: int) -> str:
@@ -328,28 +205,55 @@ class ArraySamples(Pictures):
     def __init__(self, path: str) -> None:
         array = open_array(path, "arr_0")
         kind, shape = array.dtype, list(array.shape)
-        if kind != np.uint8 or len(shape) != 4 or shape[2:] != [shape[1], 3]:
+        if kind != np.uint8 or len(shape) != 4 or shape[1:] != [max(1, shape[1])] * 2 + [3]:
             raise InputError(f"{path}: arr_0 must be uint8 [N, S, S, 3], not {kind} {shape}")
         targets = np.zeros(len(array), dtype=int)
         super().__init__(path, shape[1], "", [""], targets, array)
 
 
-def open_array(path, key):
-    """One array of an .npz, memory-mapped unless the file is compressed."""
+def open_array(path: str | Path, key: str) -> ndarray:
+    """One array of an .npz, as `read_npz` reads it."""
+    found = read_npz(path, key)
+    if key not in found:
+        raise InputError(f"{path} has no {key}, only {found['names'][:3]}: name another file")
+    return found[key]
+
+
+def read_npz(path: str | Path, *keys: str) -> dict:
+    """Those of these arrays that an .npz has, and the names of all as "names".
+
+    An array is memory-mapped unless it is compressed.  Nothing is unpickled.
+    """
+    path = runtime.regular(path)
     try:
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            entry = archive.getinfo(f"{key}.npy")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                return np.load(path)[key]
-            # An entry has 30 bytes.  The last 4 are the lengths of a name and of
-            # an extra field; these come next, and then the array.
-            file.seek(entry.header_offset + 26)
-            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-            np.lib.format.read_magic(file)
-            shape, fortran, kind = np.lib.format.read_array_header_1_0(file)
-            return np.memmap(file, kind, "r", file.tell(), shape, "CF"[fortran])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no .npz file with {key}: {error}") from None
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            return {"names": names} | {
+                key: read_member(path, archive, archive.getinfo(f"{key}.npy"))
+                for key in keys if key in names}
+    except Exception as error:   # zipfile, zlib and NumPy raise a dozen types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is no .npz file, or damaged ({reason}): make it again, "
+                         "or copy it again") from None
+
+
+def read_member(path, archive, entry):
+    with archive.open(entry) as member:
+        np.lib.format.read_magic(member)   # plain arrays are of version 1.0
+        shape, fortran, kind = np.lib.format.read_array_header_1_0(member)
+        begin, size = member.tell(), math.prod(shape) * kind.itemsize
+        if kind.hasobject or entry.file_size != begin + size:
+            raise ValueError(f"{entry.filename} is not {kind} {shape}, as it says")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return np.ndarray(shape, kind, member.read(), order="CF"[fortran])
+        while member.read(2**20):   # up to the end, where the checksum is compared
+            pass
+    # An entry has 30 bytes.  The last 4 are the lengths of a name and of an extra
+    # field; these come next, and then the array.
+    raw = np.memmap(path, np.uint8, "r")
+    lengths = raw[entry.header_offset + 26:][:4].view("<u2")
+    begin += entry.header_offset + 30 + int(lengths.sum())
+    return np.ndarray(shape, kind, raw[begin:], order="CF"[fortran])
 
 
 # ------------------------------------------------------------------------------
@@ -359,15 +263,15 @@ Dataset = Shapes | Pictures
 
 
 def open_dataset(name: str, size: int, split: str, seed: int = 0,
-                 classes: list[str] | None = None,
                  root: str = "runs/data") -> Dataset:
     """The images `name` at size x size pixels; split is "train" or "val".
 
     name: "shapes", which `seed` varies; "cifar10", kept in `root`; or a folder.
-    This has JPEG, PNG or WebP images in one folder per class, or they lie in it
-    and are one class.  Or it has train/ and val/ (or test/), which are like that.
-    Without val/ and test/ the split val is the same as train, as stderr then says.
-    classes: the names of the classes, by default those of the folders, sorted.
+    This has JPEG, PNG, WebP, BMP, GIF or TIFF images in one folder per class, or
+    they lie in it and are one class.  Or it has train/ and one of HELD_OUT, which
+    are like that.  If those of train/ have classes, but those that are held out
+    lie in one folder, as ImageNet's do, then the labels of these are -1.
+    Without one of HELD_OUT the split val is the same as train, as stderr then says.
     """
     if name == "shapes":
         return Shapes(size, split, seed)
@@ -375,44 +279,71 @@ def open_dataset(name: str, size: int, split: str, seed: int = 0,
         return Cifar10(size, split, root)
     if not os.path.isdir(name):
         raise InputError(f"data '{name}' is neither shapes nor cifar10 nor a folder")
-    dataset = open_folder(name, size, split, classes)
+    dataset = open_folder(name, size, split)
     if dataset.note and os.environ.get("RANK", "0") == "0":
         print(dataset.note, file=sys.stderr)
     return dataset
 
 
-def open_folder(name, size, split, classes):
-    home, parts = name, subfolders(name)
-    if parts and {*parts} <= {"train", "val", "test"}:
-        home = os.path.join(name, "train")
+HELD_OUT = ("val", "valid", "validation", "test")   # the first that is there
+
+
+def open_folder(name, size, split):
+    parts, loose, others = listing(name)
+    held_out = [part for part in HELD_OUT if part in parts]
+    home = folder = name
+    beside, folders = [], []   # images and folders that are ignored
+    if parts and ({*parts} <= {"train", *HELD_OUT} or held_out and "train" in parts):
         if "train" not in parts:
             raise InputError(f"{name} has no train/: add it, or give {name}/{parts[0]}")
-    held_out = [part for part in ("val", "test") if part in parts and home != name]
-    folder = os.path.join(name, held_out[0]) if split == "val" and held_out else home
-    present = subfolders(folder)
-    classes = classes or subfolders(home) or [os.path.basename(os.path.abspath(name))]
-    if {*present} - {*classes} or (len(classes) > 1 and not present):
+        beside, folders = loose, [p for p in parts if p not in ("train", *held_out[:1])]
+        home = folder = os.path.join(name, "train")
+        if split == "val" and held_out:
+            folder = os.path.join(name, held_out[0])
+        parts, loose, more = listing(folder)
+        others = others + more
+    classes = listing(home)[0] or [os.path.basename(os.path.abspath(name))]
+    if {*parts} - {*classes}:
         raise InputError(f"{folder} must have a folder for each class ({classes[0]}, "
-                         f"...), and has {present[:3] or 'none'}")
-    files = {c: images_in(folder, c if present else "") for c in classes}
-    if not any(files.values()):
+                         f"...), and has {parts[:3]}")
+    files, targets = loose, [-1 if len(classes) > 1 else 0] * len(loose)
+    if parts:
+        beside, files, targets = beside + loose, [], []
+    for part in parts:
+        inner, images, more = listing(os.path.join(folder, part))
+        files += [os.path.join(part, image) for image in images]
+        targets += [classes.index(part)] * len(images)
+        folders, others = folders + inner, others + more
+    if not files:
         raise InputError(f"{folder} has no {' '.join(ENDINGS)}, neither in itself "
-                         f"nor in its folders {present[:3]}")
-    dataset = Folder(name, size, split, folder, files)
-    if split == "val" and not held_out:
+                         f"nor in its folders {parts[:3]}")
+    dataset = Folder(name, size, split, folder, classes, files, targets)
+    dataset.ignored = {"files of other formats": others, "folders": folders,
+                       "images beside the folders": beside}
+    if split == "val" and folder == home:
         dataset.note = f"{name} has no val/ or test/: val is the same as train"
     return dataset
 
 
-def subfolders(folder):
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+def listing(folder):
+    """Names of the folders, of the images and of the other files; hidden ones not."""
+    names = [], [], []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] != ".":
+            image = entry.name.lower().endswith(ENDINGS)
+            names[0 if entry.is_dir() else 1 if image else 2].append(entry.name)
+    return names
 
 
-def images_in(folder, part):
-    path = os.path.join(folder, part)
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-    return [os.path.join(part, name) for name in names
-            if name.lower().endswith(ENDINGS) and name[0] != "."]
+def summary(dataset: Dataset) -> str:
+    """One line: how many images and classes, and what in a folder was ignored."""
+    place = getattr(dataset, "folder", dataset.name)
+    kinds = f"{len(dataset.classes)} class{'es' * (len(dataset.classes) > 1)}"
+    if dataset.labels([0]) < 0:
+        kinds = "no labels"
+    ignored = "".join(f"; ignored {len(names)} {kind} ({', '.join(names[:3])})"
+                      for kind, names in getattr(dataset, "ignored", {}).items() if names)
+    return f"{place} ({dataset.split}): {len(dataset):,} images, {kinds}{ignored}"
 
 
 def open_images(source: str, size: int | None = None, split: str = "train",
@@ -423,21 +354,21 @@ def open_images(source: str, size: int | None = None, split: str = "train",
     """
     if source.endswith(".npz"):
         return ArraySamples(source)
-    if size is None:
-        size = 32 if source in ("shapes", "cifar10") else folder_size(source)
-    return open_dataset(source, size, split, seed)
+    known = 32 if source in ("shapes", "cifar10") else 0
+    dataset = open_dataset(source, size or known, split, seed)
+    dataset.size = dataset.size or common_side(dataset)
+    return dataset
 
 
-def folder_size(folder):
-    """The one side of all images in a folder, which must be squares."""
-    files = [file for file in Path(folder).rglob("*") if file.suffix.lower() in ENDINGS]
-    try:
-        sizes = {Image.open(file, formats=FORMATS).size for file in files}
-    except OSError as error:
-        raise InputError(f"{folder}: {error}: remove that file") from None
+def common_side(folder):
+    """The one side of all images in a folder that can be read; they must be squares."""
+    sizes = set()
+    for index in range(len(folder)):
+        with suppress(Exception), picture(folder.name_of(index)) as image:
+            sizes.add(image.size)
     width, height = min(sizes, default=(0, 1))
     if len(sizes) > 1 or width != height:
-        raise InputError(f"{folder} must hold squares of one size, and holds "
+        raise InputError(f"{folder.name} must hold squares of one size, and holds "
                          f"{sorted(sizes)[:3] or 'none'}: give the --size of a crop")
     return width
 
@@ -447,6 +378,12 @@ def folder_size(folder):
 # positions from k * batch up to (k + 1) * batch, across the borders of epochs,
 # and a rank takes every world-th of them.  A plan says for each batch which images
 # it has, and at which positions they are.
+
+
+def epoch_order(n, seed, epoch):
+    """The permutation of range(n) in which an epoch visits the images."""
+    key = hash_bits(hash_bits(seed % 2**63, 1), epoch)
+    return np.argsort(hash_bits(key, np.arange(n)), kind="stable")
 
 
 def batches(dataset: Dataset, batch: int, seed: int = 0, start: int = 0,
@@ -520,15 +457,27 @@ def load(reader, plan, workers, device):
     parts = map(reader.__getitem__, plan)
     if workers > 0:
         # Without a generator of its own it would draw a number from the global one.
-        parts = torch.utils.data.DataLoader(
+        parts = iter(torch.utils.data.DataLoader(
             reader, batch_size=None, sampler=plan, num_workers=workers,
-            pin_memory=torch.device(device).type == "cuda", generator=torch.Generator())
-    for part in parts:
-        if not len(part["y"]):
-            raise InputError(f"{part['skipped'][0]} cannot be read, nor can any other "
-                             "image of its batch: remove them, or mend the disk")
-        pixels, y = (part[key].to(device, non_blocking=True) for key in ("pixels", "y"))
-        yield part | {"x": from_uint8(pixels), "y": y}
+            pin_memory=torch.device(device).type == "cuda",
+            generator=torch.Generator(), worker_init_fn=runtime.helper))
+        # Of a process that is killed, PyTorch would tell wherever this one is then.
+        with suppress(ValueError, AttributeError):   # in a thread, and on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for part in parts:
+            if not len(part["y"]):
+                raise InputError(f"{part['skipped'][0]} cannot be read, nor can any other "
+                                 "image of its batch: remove them, or mend the disk")
+            pixels, y = (part[key].to(device, non_blocking=True) for key in ("pixels", "y"))
+            yield part | {"x": from_uint8(pixels), "y": y}
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        raise InputError("a process that reads images was killed: fewer --workers need "
+                         "less memory") from None
+    finally:
+        del parts   # and so the other processes
 
 
 # ------------------------------------------------------------------------------
@@ -616,76 +565,135 @@ def latent_batches(latents: LatentSet, batch: int, seed: int, start: int = 0,
 
 
 # ------------------------------------------------------------------------------
-# The cache of latents.  The name of its folder is a hash of all that the latents
-# depend on, so that a wrong cache is never found.  For every chunk of images it
-# has a file [image, mirrored or not, mean or std, C, h, w] in fp16, and a .json
-# that is written after it.  After a run that was killed the next one makes the
-# chunks that have no .json, whatever its number of processes.
+# The cache of latents.  The name of its folder has a hash of all that the latents
+# depend on, so that a wrong cache is never found, and one of the images' times.
+# For every chunk of images it has a file [image, mirrored or not, mean or std, C,
+# h, w] in fp16, and a .json that is written after it.  Chunks that are missing or
+# damaged, as after a run that was killed, are made by the next run, whatever its
+# number of processes.  One run makes a cache, and many may read it.  Whoever makes
+# one deletes the others but those used last, and but those that somebody reads.
 
-CHUNK = 1024   # images
+CHUNK, KEPT = 1024, 4   # images in a file, and caches in a folder
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A hash of what the images are, wherever they lie.
+    """A hash of what the images are, wherever they lie, and behind "-" one of their times.
 
     It takes the content of an array, but opens no file of a folder: of these it
-    takes the names, the sizes and the times of modification.
+    takes the names and the sizes, and the times of modification.
     """
     facts = (dataset.size, dataset.split, len(dataset), dataset.classes,
              getattr(dataset, "seed", None))
-    digest = hashlib.sha256(repr(facts).encode())
+    content, times = hashlib.sha256(repr(facts).encode()), hashlib.sha256()
     if isinstance(dataset, Cifar10):
-        digest.update(dataset.pixels.tobytes() + dataset.targets.tobytes())
+        content.update(dataset.pixels.tobytes() + dataset.targets.tobytes())
     if isinstance(dataset, ArraySamples):
-        digest.update(runtime.file_sha256(dataset.name).encode())
+        content.update(runtime.file_sha256(dataset.name).encode())
     for index, file in enumerate(getattr(dataset, "files", [])):
         status = os.stat(dataset.name_of(index))
-        digest.update(b"%b\0%d\0%d\0" % (file, status.st_size, status.st_mtime_ns))
-    return digest.hexdigest()
+        content.update(b"%b\0%d\0" % (file, status.st_size))
+        times.update(b"%d\0" % status.st_mtime_ns)
+    return f"{content.hexdigest()}-{times.hexdigest()[:8]}"
 
 
 def cache_latents(folder: str | Path, dataset: Dataset, encode: Callable,
                   key: dict[str, str], batch: int, rank: int = 0, world: int = 1,
                   workers: int = 0, device: Device = "cpu",
-                  barrier: Callable = runtime.barrier) -> LatentSet:
+                  accept: bool = False) -> LatentSet:
     """The latents of all images from `folder`; those that are missing are made.
 
     encode: x [b, 3, H, W] -> mean, std [b, C, h, w]; b is at most `batch`.
     key: what latents depend on besides the images, as {"tokenizer": its sha256}.
+    accept: take those of images that differ in nothing but the times of the files.
     All processes call this.  fp16 has steps of 0.004 at |z| = 5, which is little
     beside the noise of the paper's tokenizers, whose deviation is 0.24.
     """
+    labels = dataset.labels(np.arange(len(dataset))).numpy().copy()
+    if labels.min() < 0:
+        raise InputError(f"{dataset.name} has no labels: lay its images into one folder "
+                         "per class")
+    content, times = fingerprint(dataset).split("-")
+    key = {**key, "data": content, "dtype": "fp16", "chunk": CHUNK}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    chunks = [images for images, _ in in_batches(np.arange(len(dataset)), CHUNK)]
+    home = find_cache(Path(folder) / f"{dataset.split}-{digest[:16]}-{times}",
+                      chunks, accept, rank)
+    runtime.on_main(runtime.Runtime(torch.device(device), rank, world),
+                    lambda: lock_cache(home, chunks))
+    todo = [images for images in chunks[rank::world] if not open_chunk(home, images)]
+    for images in tqdm(todo, "latents", unit="chunk", disable=rank > 0 or not todo):
+        plan = in_batches(images, batch)
+        write_chunk(home, images, load(Reader(dataset), plan, workers, device), encode)
+    runtime.barrier()
+    parts = [open_chunk(home, images) for images in chunks]
+    if not all(parts) or len({latents.shape[1:] for latents, *_ in parts}) > 1:
+        raise InputError(f"{home} is damaged: delete it")
+    if rank == 0:
+        share_cache(home)
+    latents, skipped, sums = zip(*parts)
+    labels[sum(skipped, [])] = -1
+    return LatentSet([(array[:, 0], array[:, 1]) for array in latents], labels,
+                     dataset.classes, torch.float16, sum(sums),
+                     [dataset.name_of(image) for image in sum(skipped, [])],
+                     f"{digest}-{home.name[-8:]}")
+
+
+def find_cache(home, chunks, accept, rank):
+    """`home`, or with `accept` the newest that differs from it in times alone."""
+    others = sorted(home.parent.glob(f"{home.name[:-8]}*"), key=os.path.getmtime)
+    whole = [other for other in others if is_whole(other, chunks)]
+    if home in whole or not whole:
+        return home
+    if not accept and rank == 0:
+        print(f"the times of the image files are not those of {whole[-1]}: latents are "
+              "made anew; --accept-data would take the old ones", file=sys.stderr)
+    return whole[-1] if accept else home
+
+
+def is_whole(home, chunks):
+    return all(open_chunk(home, images) for images in chunks)
+
+
+def lock_cache(home, chunks):
+    """For others to read as well, or to make it alone."""
+    if is_whole(home, chunks):
+        return share_cache(home)
+    runtime.lock(home)
+    os.utime(home)
+    caches = home.parent.glob(f"*-{16 * '[0-9a-f]'}-{8 * '[0-9a-f]'}")
+    for old in sorted(caches, key=os.path.getmtime)[:-KEPT]:
+        with suppress(InputError, OSError):   # somebody reads it
+            runtime.lock(old)
+            shutil.rmtree(old)
+            print(f"deleted {old}: the {KEPT} caches used last are kept", file=sys.stderr)
+
+
+def share_cache(home):
+    with suppress(OSError):   # on a disk that is only read
+        runtime.lock(home, shared=True)
+        os.utime(home)   # the time of its last use
+
+
+def open_chunk(home, images):
+    """Latents, images that were skipped and sums; None if missing or damaged."""
+    file = home / f"{images[0]:08d}.npy"
     try:
-        key = {**key, "data": fingerprint(dataset), "dtype": "fp16", "chunk": CHUNK}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        home, n = Path(folder) / f"{dataset.split}-{digest[:16]}", len(dataset)
-        files = [home / f"{start:08d}.npy" for start in range(0, n, CHUNK)]
-        todo = [f for f in files[rank::world] if not f.with_suffix(".json").exists()]
-        for file in tqdm(todo, "latents", unit="chunk", disable=rank > 0):
-            start = int(file.stem)
-            images = np.arange(start, min(start + CHUNK, n))
-            plan = in_batches(images, batch)
-            parts = load(Reader(dataset), plan, workers, device)
-            write_chunk(file, images, parts, encode)
-        barrier()
-        marks = [json.loads(file.with_suffix(".json").read_text()) for file in files]
-        arrays = [np.asarray(np.load(file, mmap_mode="r")) for file in files]
-    except OSError as error:
-        raise InputError(f"latents cannot be kept in {folder} ({error}): mend that, "
-                         "and give the same command again") from None
-    skipped = [image for mark in marks for image in mark["skipped"]]
-    labels = dataset.labels(np.arange(n)).numpy().copy()
-    labels[skipped] = -1
-    return LatentSet([(array[:, 0], array[:, 1]) for array in arrays], labels,
-                     dataset.classes, torch.float16,
-                     sum(torch.tensor(mark["sums"], dtype=float) for mark in marks),
-                     [dataset.name_of(image) for image in skipped], digest)
+        mark = runtime.read_json(file.with_suffix(".json"))
+        skipped, sums = [*mark["skipped"]], torch.tensor(mark["sums"], dtype=torch.float64)
+        latents = np.asarray(np.load(file, mmap_mode="r"))
+        shape = len(images), 2, 2, *latents.shape[3:]
+        fits = (latents.shape == shape and latents.ndim == 6 and latents.dtype == np.float16
+                and sums.shape == (4, shape[3]) and sums.isfinite().all()
+                and {*skipped} <= {*images.tolist()})
+    except Exception:   # of json, PyTorch or NumPy
+        return None
+    return (latents, skipped, sums) if fits else None
 
 
 @torch.no_grad()
-def write_chunk(file, images, parts, encode):
+def write_chunk(home, images, parts, encode):
     """Encode the images of one chunk, write their latents, and then the .json."""
-    blocks, seen = [], []
+    file, blocks, seen = home / f"{images[0]:08d}.npy", [], []
     for part in parts:
         both = [torch.stack(encode(x), 1) for x in (part["x"], part["x"].flip(3))]
         blocks.append(torch.stack(both, 1).half().cpu())
@@ -697,7 +705,8 @@ def write_chunk(file, images, parts, encode):
     whole = latents.new_zeros(len(images), *latents.shape[1:])
     whole[torch.tensor(seen) - images[0]] = latents
     with runtime.atomic(file) as temporary:
-        np.save(temporary, whole.numpy())
+        with open(temporary, "wb+") as opened:   # NumPy's own would hide a full disk
+            np.save(opened, whole.numpy())
     runtime.write_json(file.with_suffix(".json"), {
         "skipped": sorted({*images.tolist()} - {*seen}),
         "sums": channel_sums(latents).tolist()})
@@ -712,32 +721,37 @@ def open_lightningdit_latents(folder: str | Path) -> LatentSet:
 
     Each latent is one draw of z.  latents_stats.pt has their mean and std.
     """
+    files, stats = sorted(Path(folder).glob("*.safetensors")), Path(folder) / "latents_stats.pt"
     parts, labels, kinds = [], [], set()
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in files:
         tensors = checkpoints.read_safetensors(path)
         try:
-            (images, dtype), (mirrored, other), (y, _) = (
+            (images, dtype), (mirrored, other), (y, number) = (
                 tensors[name] for name in ("latents", "latents_flip", "labels"))
         except KeyError as error:
             raise InputError(f"{path} has no {error}: is it LightningDiT's?") from None
         kinds |= {(images.shape[1:], dtype), (mirrored.shape[1:], other)}
-        equal = len(kinds) == 1 and len(images) == len(mirrored) == len(y)
-        if not equal or images.ndim != 4 or y.dtype.kind != "i" or y.min() < 0:
+        if (len(kinds) > 1 or images.ndim != 4 or len(images) != len(mirrored)
+                or y.shape != images.shape[:1] or number.is_floating_point
+                or not 0 <= y.min(initial=0) <= y.max(initial=0) < 10**6):
             raise InputError(f"{path}: latents and latents_flip must be [n, C, h, w] of "
                              "one kind, and labels [n] numbers from 0 on")
         parts.append((images[:, None], mirrored[:, None]))
         labels.append(y)
-    if not parts:
+    if not sum(map(len, labels)):
         raise InputError(f"{folder} has no *.safetensors: give a folder of latents")
-    stats = Path(folder) / "latents_stats.pt"
     given = checkpoints.read(stats)
     try:
         mean, std = (given[key].double().view(images.shape[1]) for key in ("mean", "std"))
-    except (KeyError, RuntimeError):
-        raise InputError(f"{stats} has no mean and std of {images.shape[1]} "
-                         "channels") from None
+        known = mean.isfinite().all() and std.isfinite().all() and std.min() > 0
+    except (KeyError, AttributeError, RuntimeError):
+        known = False
+    if not known:
+        raise InputError(f"{stats} has no mean and std of {images.shape[1]} channels")
     one, zero = torch.ones_like(mean), torch.zeros_like(mean)
     sums = torch.stack([one, mean, mean**2 + std**2, zero])
     labels = np.concatenate(labels).astype(np.int64)
     classes = [str(label) for label in range(labels.max() + 1)]
-    return LatentSet(parts, labels, classes, dtype, sums, [])
+    facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (*files, stats)]
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return LatentSet(parts, labels, classes, dtype, sums, [], digest)

@@ -3,6 +3,7 @@
     laptop      python evaluate.py             # what the default runs left
     tokenizers  python evaluate.py --tokenizer a.pt b.pt --data DIR --size 256
     samples     python evaluate.py --samples samples.npz --reference DIR
+    pictures    python evaluate.py --tokenizer a.pt --data DIR --write-images OUT
     eight GPUs  torchrun --nproc_per_node=8 evaluate.py ...
 
 A tokenizer gets PSNR, SSIM, LPIPS and rFID of held-out images, and its noise
@@ -15,10 +16,9 @@ receives results.json and noise_curve.png.
 """
 
 import hashlib
-import json
 import time
-import zipfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ import runtime  # before torch: it says how idle threads wait
 
 import numpy as np
 import torch
+from PIL import Image
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import checkpoints
@@ -59,17 +61,24 @@ def parse(argv):
         " efficientnet-lite0 or module:function")
     add("--limit", type=count, help="most images of every set; else all")
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder")
-    add("--batch", type=count, default=64, help="images at a time per process")
-    add("--workers", type=int, default=2, help="loaders per process")
+    add("--at-once", "--batch", type=count, default=64, help="images per process")
+    add("--workers", type=runtime.natural_int, default=2, help="loaders per process")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seed", type=int, default=0, help="of the noise on the latents")
+    add("--seed", type=runtime.seed, default=0, help="of the noise on latents")
     add("--write-reference", type=Path, metavar="FILE", help="only write the"
         " statistics of the training images of --data, as ADM does")
+    add("--write-images", type=Path, metavar="DIR", help="only encode the"
+        " training images of --data: reconstructions, latents, interpolations")
     add("--smoke", action="store_true", help="a few images of other smoke runs")
     args = p.parse(argv, smoke=SMOKE)
     if args.write_reference:
-        if not args.data:
-            raise InputError("--write-reference needs --data")
+        if not args.data or args.write_reference.suffix != ".npz":
+            raise InputError("--write-reference takes a FILE.npz, and needs --data")
+    elif args.write_images:
+        if len(args.tokenizer) != 1 or not args.data:
+            raise InputError("--write-images needs one --tokenizer, and --data")
+        if args.write_images.resolve().is_relative_to(Path(args.data).resolve()):
+            raise InputError("--write-images must not lie in the folder --data")
     elif not (args.tokenizer or args.samples):
         runs = Path("runs/smoke" if args.smoke else "runs")
         args.tokenizer = [*map(str, runs.glob(TOKENIZER))]
@@ -77,6 +86,9 @@ def parse(argv):
         if not (args.tokenizer or args.samples):
             raise InputError(f"{runs} has neither {TOKENIZER} nor {SAMPLES}: run"
                              " the other stages first, or name what to score")
+    for path in (*args.tokenizer, args.samples, args.reference, args.data):
+        if path in args.tokenizer or str(path).endswith(".npz"):
+            runtime.regular(path)
     return args
 
 
@@ -96,10 +108,10 @@ class Reader:
     def count(self, images):
         return min(self.limit or len(images), len(images))
 
-    def __call__(self, images, count):
+    def __call__(self, images, count, least=2):
         """Batches of this process; the images are spread evenly over the set."""
         rt, batches = self.rt, -(-count // (self.batch * self.rt.world))
-        if count < max(2, rt.world):
+        if count < max(least, rt.world):
             raise InputError(f"{images.name} has {count} images, too few to compare")
         parts = data.once(images, self.batch, rt.rank, rt.world, self.workers,
                           count, rt.device)
@@ -135,8 +147,11 @@ def cached(images, net, read, folder):
     count = read.count(images)
     key = repr((data.fingerprint(images), count, net.name, net.weights)).encode()
     path = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.pt"
-    if path.exists() and ":" not in net.name:   # one's own may have changed
-        return checkpoints.read(path)
+    if ":" not in net.name:   # one's own may have changed
+        with suppress(InputError):   # there is none, or it is damaged
+            found = checkpoints.read(path)
+            if {"gaussians", "rows", "labels"} <= {*found}:
+                return found
     found = extract(images, net, read, count, few=True)
     if read.rt.is_main:
         checkpoints.save(found, path)
@@ -149,26 +164,36 @@ def cached(images, net, read, folder):
 # Files that do not are of the Inception.
 
 
-def read_npz(path, *keys):
-    """Those of these arrays that the file has, and the names of all as "names"."""
-    try:
-        with np.load(path) as file:
-            found = {key: file[key] for key in keys if key in file.files}
-            return found | {"names": file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as .npz ({error})") from None
+def read_gaussian(path, file, end):
+    """mu [d] and sigma [d, d], if they can be a mean and a covariance.
+
+    Few images in float32 round to eigenvalues of about -1e-6 times the mean
+    variance.  Below -1e-4 times it, sigma is no covariance.
+    """
+    mean, cov = (file.get(key + end, np.empty(0)) for key in ("mu", "sigma"))
+    kinds, shape = {mean.dtype.kind, cov.dtype.kind}, (mean.size, mean.size)
+    if kinds - {*"fiu"} or mean.ndim != 1 or cov.shape != shape or not mean.size:
+        raise InputError(f"{path}: mu{end} must be numbers [d], and sigma{end} numbers"
+                         f" [d, d], not {mean.shape} and {cov.shape}")
+    mean, cov = (torch.from_numpy(a.astype(float)) for a in (mean, cov))
+    if not (mean.isfinite().all() and cov.isfinite().all()):
+        raise InputError(f"{path} holds NaN or infinity: write it again")
+    slack = 1e-4 * cov.diagonal().mean()
+    _, failed = torch.linalg.cholesky_ex(cov + slack * torch.eye(len(cov)))
+    if failed or (cov - cov.T).abs().max() > slack:
+        raise InputError(f"{path}: sigma{end} is no covariance: write it again")
+    return None, mean, cov
 
 
 def read_reference(path, size, net, read):
     """As `extract`, but with the statistics in the file if they are of `net`."""
-    file, stored = read_npz(path, "mu", "sigma", "mu_s", "sigma_s", "features"), []
-    for end in ("", "_s") if str(file.get("features", "")) == net.name else ():
-        if "mu" + end in file:
-            pair = [torch.tensor(file[name + end]).double() for name in ("mu", "sigma")]
-            stored.append((None, *pair))
-    if not all(a.isfinite().all() for _, *pair in stored for a in pair):
-        raise InputError(f"{path} holds NaN or infinity: write it again")
-    if stored and "arr_0" not in file["names"]:
+    file = data.read_npz(path, "mu", "sigma", "mu_s", "sigma_s", "features")
+    ends = ("", "_s") if str(file.get("features", "")) == net.name else ()
+    stored = [read_gaussian(path, file, end) for end in ends if "mu" + end in file]
+    if "arr_0" not in file["names"]:
+        if not stored:
+            raise InputError(f"{path} has neither images as arr_0 nor mu and sigma of"
+                             f" {net.about()['features']}")
         return {"gaussians": stored, "rows": torch.empty(0)}
     images = data.ArraySamples(path)
     if images.size != size:
@@ -194,17 +219,27 @@ def write_reference(path, source, size, choice, read):
 # noise curve.  All of its points share one noise, so that it is smooth.
 
 
-@torch.no_grad()
-def score_tokenizer(path, source, size, choice, seed, read):
-    """The row of a tokenizer.  The images themselves would have an rFID of 0."""
+def load_tokenizer(path, source, size, device):
+    """Also the file's content, and the name and size of the images to score."""
     tokenizer, file = checkpoints.load_tokenizer(path)
-    trained, device = file.get("config", {}), read.rt.device
+    trained = file.get("config", {})
     source, size = source or trained.get("data"), size or trained.get("size")
     if not (source and size):
         raise InputError(f"{path} does not name its images: give --data and --size")
-    images = data.open_dataset(source, size, "val", trained.get("seed", 0))
-    net, tokenizer = frozen.load_features(choice, source, size, device), tokenizer.to(device)
+    return tokenizer.to(device), file, source, size
+
+
+@torch.no_grad()
+def score_tokenizer(path, source, size, choice, seed, read):
+    """The row of a tokenizer.  The images themselves would have an rFID of 0."""
+    device = read.rt.device
+    tokenizer, file, source, size = load_tokenizer(path, source, size, device)
+    images = data.open_dataset(source, size, "val", file.get("config", {}).get("seed", 0))
+    net = frozen.load_features(choice, source, size, device)
     lpips = frozen.load_lpips().to(device) if frozen.find_weights("vgg") else None
+    if size < (least := 16 if lpips else 11):
+        raise InputError(f"SSIM and LPIPS need {least} pixels a side, not {size}")
+    judged = [*images.classes] == [*data.SHAPES]
     spread = file.get("latent_std", torch.tensor([])).to(device)[:, None, None]
     levels = [("none", 0.0, 0.0), *(("absolute", a, a) for a in ABSOLUTE),
               *(("relative", a, a * spread) for a in RELATIVE if len(spread))]
@@ -216,9 +251,9 @@ def score_tokenizer(path, source, size, choice, seed, read):
         noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in draws])
         decoded = (tokenizer.decode(z + std * noise.to(z)) for *_, std in levels)
         for moment, total, x_hat in zip(moments, sums, [*map(data.to_uint8, decoded), x]):
-            rows = net(x_hat)[0]
+            rows, y = net(x_hat)[0], part["y"] if judged else None
             moment.add(rows)
-            total.update(pair_metrics(x_hat, x, part["y"], rows, net, lpips))
+            total.update(pair_metrics(x_hat, x, y, rows, net, lpips))
     means = torch.tensor([[*total.values()] for total in sums], device=device)
     means = runtime.all_reduce_sum(metrics.float64(means)) / count
     *fakes, real = (moment.fit() for moment in moments)
@@ -226,7 +261,7 @@ def score_tokenizer(path, source, size, choice, seed, read):
               net.label("rFID"): metrics.frechet_distance(real, fake)}
              for (kind, level, _), row, fake in zip(levels, means.tolist(), fakes)]
     scores = {k: v for k, v in curve[0].items() if k not in ("noise", "level")}
-    if net.name == "Shapes":
+    if "recognised" in scores:
         scores["recognised of real images"] = means[-1, -1].item()
     return {"evaluation": "reconstruction", "of": path, "metrics": scores,
             "curve": curve, "protocol": {
@@ -237,14 +272,53 @@ def score_tokenizer(path, source, size, choice, seed, read):
 
 
 def pair_metrics(x_hat, x, y, rows, net, lpips):
-    """Sums over a batch; y is what the judge should see in x_hat."""
+    """Sums over a batch; y: what the judge should see in x_hat, or None."""
     found = {"PSNR": metrics.psnr(x_hat, x), "SSIM": metrics.ssim(x_hat, x)}
     if lpips:
         found["LPIPS"] = lpips(data.from_uint8(x_hat), data.from_uint8(x))
     found = {name: values.sum().item() for name, values in found.items()}
-    if net.name == "Shapes":
+    if net.name == "Shapes" and y is not None:
         found["recognised"] = len(y) * metrics.recognised(net.head(rows).softmax(1), y)
     return found
+
+
+# ------------------------------------------------------------------------------
+# A tokenizer as a tool: pictures in, pictures and latents out.
+
+
+@torch.no_grad()
+def write_images(out, path, source, size, read):
+    """Reconstructions as PNG, latents.npz, and mixtures of the first five latents."""
+    tokenizer, _, source, size = load_tokenizer(path, source, size, read.rt.device)
+    images, found = data.open_images(source, size), []
+    names = picture_names(images)
+    for part in read(images, read.count(images), least=1):
+        (mean, logvar), index = tokenizer.posterior(part["x"]), part["index"].tolist()
+        pixels = data.to_uint8(tokenizer.decode(mean)).permute(0, 2, 3, 1).cpu().numpy()
+        for i, picture in zip(index, pixels):
+            with runtime.atomic(out / "reconstructions" / names[i]) as temporary:
+                Image.fromarray(picture).save(temporary)
+        found.append([mean.cpu().numpy(), (logvar / 2).exp().cpu().numpy(), index])
+    mean, std, index = map(np.concatenate, zip(*found))
+    with runtime.atomic(out / "latents.npz") as temporary:
+        np.savez(temporary, mean=mean, std=std, names=[names[i] for i in index])
+    if len(mean) > 1:
+        z, share = torch.from_numpy(mean[:5]), torch.linspace(0, 1, 8)
+        mixed = torch.lerp(z[:-1, None], z[1:, None], share[:, None, None, None])
+        x_hat = torch.cat([tokenizer.decode(row.to(read.rt.device)) for row in mixed])
+        with runtime.atomic(out / "interpolations.png") as temporary:
+            save_image(x_hat, temporary, nrow=8, normalize=True, value_range=(-1, 1))
+    print(f"wrote reconstructions, latents and interpolations of {len(mean)} images to {out}")
+
+
+def picture_names(images):
+    """Those of the files, but .png; or numbers."""
+    if not hasattr(images, "folder"):
+        return [f"{i:06d}.png" for i in range(len(images))]
+    files = [images.name_of(i) for i in range(len(images))]
+    files = [Path(file).relative_to(images.folder) for file in files]
+    names = [str(file.with_suffix(".png")) for file in files]
+    return names if len({*names}) == len(names) else [f"{file}.png" for file in files]
 
 
 # ------------------------------------------------------------------------------
@@ -264,33 +338,55 @@ def compare(fake, real, net, labels, device):
     if net.name == "":
         scores["IS"] = metrics.inception_score(net.head(rows[1]))
     if net.name == "Shapes" and labels is not None:
-        labels = torch.as_tensor(labels, device=device)
+        labels = labels.to(device)
         scores["recognised"] = metrics.recognised(net.head(rows[1]).softmax(1), labels)
     return scores
 
 
+def read_labels(path, count):
+    """arr_1 of an .npz of samples: [count], or None if it has none."""
+    labels = data.read_npz(path, "arr_1").get("arr_1") if path.endswith(".npz") else None
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (count,)):
+        raise InputError(f"{path}: arr_1 must be whole numbers, one for each of its"
+                         f" {count} images, not {labels.dtype} {list(labels.shape)}")
+    return labels
+
+
 def score_samples(path, reference, source, size, choice, cache, read):
     """The row of a file or folder of samples."""
-    samples, beside = data.open_images(path, size), Path(path).with_suffix(".json")
-    facts = json.loads(beside.read_text()) if beside.is_file() else {}
-    reference, seed = reference or facts.get("data"), facts.get("data_seed", 0)
+    samples, beside = data.open_images(path, size), Path(f"{path.removesuffix('.npz')}.json")
+    facts = runtime.read_json(beside) if beside.is_file() else {}
+    made_of, seed = facts.get("data"), facts.get("data_seed", 0)
+    if not isinstance(made_of, str | None) or not isinstance(seed, int):
+        raise InputError(f"{beside} was not written by sample.py: remove it")
+    reference = reference or made_of
     if not reference:
         raise InputError(f"{path} does not say what to compare with: give --reference")
-    size, device = samples.size, read.rt.device
+    size, device, labels = samples.size, read.rt.device, read_labels(path, len(samples))
+    if labels is not None:
+        samples.targets = labels.astype(int)
+    judged = labels is not None and (made_of or reference) == "shapes"
+    if judged and not {*labels.tolist()} <= {*range(len(data.SHAPES))}:
+        raise InputError(f"{path}: arr_1 has labels that are no shapes' ones")
     net = frozen.load_features(choice, reference, size, device)
-    fake = extract(samples, net, read, read.count(samples))
-    labels = read_npz(path, "arr_1").get("arr_1") if path.endswith(".npz") else None
     if reference.endswith(".npz"):
         real = read_reference(reference, size, net, read)
     else:
         train = data.open_dataset(reference, size, "train", seed)
         real, source = cached(train, net, read, cache), source or reference
-    scores, count = compare(fake, real, net, labels, device), 0
     held_out = source and data.open_dataset(source, size, "val", seed)
+    fake = extract(samples, net, read, read.count(samples))
+    widths = [[len(mean) for _, mean, _ in found["gaussians"]] for found in (real, fake)]
+    if widths[0] != widths[1][:len(widths[0])]:
+        raise InputError(f"{reference} has statistics of {widths[0]} features, and"
+                         f" {net.about()['features']} has {widths[1]}")
+    labels = fake["labels"] if judged else None
+    scores, count = compare(fake, real, net, labels, device), 0
     if held_out and not held_out.note:   # a note says that nothing is held out
         count = min(read.count(samples), len(held_out))
         held = extract(held_out, net, read, count)
-        floor = compare(held, real, net, held["labels"], device)
+        labels = held["labels"] if [*held_out.classes] == [*data.SHAPES] else None
+        floor = compare(held, real, net, labels, device)
         scores |= {f"{name} of real images": value for name, value in floor.items()}
     return {"evaluation": "generation", "of": path, "metrics": scores, "protocol": {
         **net.about(), "images": read.count(samples), "size": size,
@@ -344,13 +440,14 @@ def report(rows, out, seed, rt):
     about = {"command": runtime.command_line(), "date": time.strftime("%F"),
              "seed": seed, "processes": rt.world, "versions": runtime.versions(),
              "device": runtime.device_name(rt.device)}
-    runtime.write_json(out / "results.json", [row | about for row in rows])
     for row in rows:
         show(row)
-    curves = [row for row in rows if "curve" in row]
+    curves, written = [row for row in rows if "curve" in row], out / "results.json"
     if curves:
         plot(curves, out / "noise_curve.png")
-    print(f"\nwrote {', '.join(sorted(map(str, out.glob('*.*'))))}")
+        written = f"{written} and {out / 'noise_curve.png'}"
+    runtime.write_json(out / "results.json", [row | about for row in rows])
+    print(f"\nwrote {written}")
 
 
 @runtime.command
@@ -359,10 +456,19 @@ def main(argv=None):
     rt = runtime.start(args.device)
     torch.set_float32_matmul_precision("highest")   # TF32 would change features
     torch.backends.cudnn.allow_tf32 = False
-    read = Reader(rt, args.batch, args.workers, args.limit)
+    read = Reader(rt, args.at_once, args.workers, args.limit)
     if args.write_reference:
+        runtime.claim(rt, args.write_reference.parent, args.write_reference)
         return write_reference(
             args.write_reference, args.data, args.size, args.features, read)
+    if args.write_images:
+        runtime.claim(rt, args.write_images)
+        runtime.claim(rt, args.write_images / "reconstructions")
+        alone = Reader(Runtime(rt.device), args.at_once, args.workers, args.limit)
+        return rt.is_main and write_images(
+            args.write_images, *args.tokenizer, args.data, args.size, alone)
+    runtime.claim(rt, args.out, args.out / "results.json")
+    runtime.claim(rt, args.out / "cache")
     rows = [
         score_tokenizer(path, args.data, args.size, args.features, args.seed, read)
         for path in args.tokenizer]

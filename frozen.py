@@ -9,6 +9,7 @@ import pkgutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import lpips
@@ -119,6 +120,9 @@ class Features:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         found = self.network(images)
+        if not all(torch.is_tensor(rows) and rows.ndim == 2 and len(rows) == len(images)
+                   for rows in found):
+            raise InputError(f"--features {self.name} must give a tensor [{len(images)}, d]")
         if not all(rows.isfinite().all() for rows in found):
             raise InputError(f"{self.label('FID')}: some features are NaN or infinite")
         return tuple(rows.float() for rows in found)
@@ -127,9 +131,13 @@ class Features:
 def load_function(choice: str) -> Callable:
     """The function that "module:function" names."""
     try:
-        return pkgutil.resolve_name(choice)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{choice} is no function of a module ({error})") from None
+        found = pkgutil.resolve_name(choice)
+    except Exception as error:   # what a module raises while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{choice} is no function of a module ({reason})") from None
+    if not callable(found):
+        raise InputError(f"{choice} is a {type(found).__name__}: name a function")
+    return found
 
 
 def hub_file(name: str) -> Path:
@@ -171,7 +179,11 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
         features = Features("Shapes", "(v - 127.5) / 127.5", lambda images: network(images)[:1])
         features.head = network.head
     else:
-        from efficientnet_lite_pytorch import EfficientNet
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise InputError("--features efficientnet-lite0 needs its code: pip install "
+                             "efficientnet-lite-pytorch") from None
         side = 112 if size <= 112 else 224   # 112 is nine times as fast
         network = EfficientNet.from_name(choice, image_size=side)
 
@@ -191,13 +203,19 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
 
 
 def load_lpips() -> nn.Module:
-    """LPIPS (Zhang et al. 2018) of x_hat, x in [-1, 1]: [B, 1, 1, 1].  Frozen."""
+    """LPIPS (Zhang et al. 2018) of x_hat, x in [-1, 1]: [B, 1, 1, 1].  Frozen.
+
+    torchvision downloads VGG-16 if its file is not here, and compares its hash.
+    """
+    if hub_file(VGG).exists():   # torchvision would run the code that a file holds
+        checkpoints.read(hub_file(VGG))
     try:
         with warnings.catch_warnings(action="ignore"):
             net = lpips.LPIPS(net="vgg", verbose=False)
-    except (OSError, RuntimeError) as error:   # no network, or a damaged file
-        raise InputError(f"LPIPS needs VGG-16 ({str(error).splitlines()[0]}): provide "
-                         f"{hub_file(VGG)}, or use --perceptual-weight 0") from None
+    except (OSError, RuntimeError, HTTPException) as error:   # no network, or another file
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"LPIPS needs VGG-16 ({reason}): provide {hub_file(VGG)}, or use "
+                         "--perceptual-weight 0") from None
     return net.eval().requires_grad_(False)
 
 
@@ -252,12 +270,14 @@ def load_teacher(choice: str, side: int) -> Callable[[Tensor], Tensor]:
         return load_function(choice)
     path = choice if Path(choice).is_file() else hub_file(f"{choice}_pretrain.pth")
     state = checkpoints.read(path)
-    state, prefix = state.get("state_dict", state), "foundation_model.model."
+    state = checkpoints.tensors(state.get("state_dict", state))
+    prefix = "foundation_model.model."
     state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)} or state
     state.pop("mask_token", None)
-    if "cls_token" not in state:
+    token = state.get("cls_token", torch.empty(0))
+    if token.ndim != 3 or not token.numel() or token.shape[2] % 64:
         raise InputError(f"{path} holds no DINOv2: give a file of its weights with --teacher")
     depth = sum(name.endswith("ls1.gamma") for name in state)
-    teacher = DinoV2(state["cls_token"].shape[2], depth, side)
+    teacher = DinoV2(token.shape[2], depth, side)
     checkpoints.load_strict(teacher, state, path)
     return teacher.eval().requires_grad_(False)

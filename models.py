@@ -44,6 +44,7 @@ VIT_F16D32 = dict(arch="vit", image_size=256, patch=16, z_channels=32, latent_no
 AUTOENCODERS: dict[str, dict] = {
     "demo": dict(arch="conv", ch=16, ch_mult=(1, 2, 2), num_res_blocks=1,
                  attn_resolutions=(), resolution=32, z_channels=8),
+    "f8d4": LDM_F16 | dict(ch_mult=(1, 2, 4, 4), attn_resolutions=(), z_channels=4),
     "f16d16": LDM_F16 | dict(z_channels=16),
     "f16d32": LDM_F16 | dict(z_channels=32),
     "vit-demo": VIT_F16D32 | dict(

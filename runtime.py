@@ -170,7 +170,7 @@ SECOND_NAMES = {
     "--global-batch-size": "--batch", "--global-seed": "--seed", "--max-train-steps": "--steps",
     "--learning-rate": "--lr", "--num-workers": "--workers", "--ckpt": "--dit",
     "--cfg-scale": "--guidance", "--num-sampling-steps": "--steps",
-    "--t-shift": "--shift", "--num-fid-samples": "--count", "--per-proc-batch-size": "--at-once"}
+    "--t-shift": "--shift", "--sample-dir": "--out", "--num-fid-samples": "--count", "--per-proc-batch-size": "--at-once"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -232,8 +232,8 @@ def number(kind: type, text: str, fits: Callable[[Any], bool]) -> Callable[[str]
     return parse
 
 
-positive_int = number(int, "a whole number of at least 1", lambda n: n >= 1)
-natural_int = number(int, "a whole number of at least 0", lambda n: n >= 0)
+positive_int = number(int, "a whole number from 1 to 10^12", lambda n: 1 <= n <= 10**12)
+natural_int = number(int, "a whole number from 0 to 10^12", lambda n: 0 <= n <= 10**12)
 positive = number(float, "a finite number above 0", lambda v: 0 < v < math.inf)
 non_negative = number(float, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
 finite = number(float, "a finite number", math.isfinite)
@@ -499,6 +499,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 locks: dict[Path, tuple[IO, bool]] = {}   # open files that this process has locked
+made: set[Path] = set()                   # and folders that it has made for them
 
 
 def lock(folder: Path, shared: bool = False) -> None:
@@ -508,7 +509,9 @@ def lock(folder: Path, shared: bool = False) -> None:
     `shared` changes the lock.
     """
     path, old = folder.resolve() / ".lock", None
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        made.add(path.parent)
     while not old or not path.exists() or not os.path.samestat(old, path.stat()):
         # Another process may have removed the file since it was opened.
         file = locks.pop(path)[0] if path in locks else open(path, "a+")
@@ -537,13 +540,16 @@ def lock(folder: Path, shared: bool = False) -> None:
 
 
 def unlock(path: Path, held: tuple[IO, bool]) -> None:
-    """Give a folder back, and remove it if nothing was put into it."""
+    """Give a folder back.  One that was made for nothing is removed."""
     file, shared = held
-    if not shared:
-        with suppress(OSError):
-            path.unlink()
+    with suppress(OSError):
+        if shared and fcntl:   # if nobody else reads
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+        if path.parent in made:
             path.parent.rmdir()
-    file.close()
+    with suppress(OSError):   # the disk may be full
+        file.close()
 
 
 def claim(runtime: "Runtime", folder: Path, *files: Path) -> None:
@@ -573,7 +579,7 @@ def on_main(runtime: "Runtime", action: Callable[[], Any]) -> None:
             action()
         except InputError as error:
             refused = [error]
-    if runtime.world > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(refused)
     if refused[0]:
         if runtime.is_main:

@@ -23,9 +23,7 @@ import runtime  # before torch: it says how idle threads wait
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.models import ResNet18_Weights
 from tqdm import tqdm
 
 import checkpoints
@@ -51,13 +49,8 @@ PRESETS = {
     "lightningdit-64": LIGHTNINGDIT | dict(guidance=10.0, interval=[0.11, 1.0]),
     "lightningdit-plain": LIGHTNINGDIT,
 }
-THEIRS = {  # names that SiT and LightningDiT give to some of the flags
-    "--cfg-scale": "--guidance", "--num-sampling-steps": "--steps", "--ckpt": "--dit",
-    "--num-fid-samples": "--count", "--per-proc-batch-size": "--batch",
-    "--global-seed": "--seed", "--sample-dir": "--out"}
-SMOKE = dict(
-    count=5, steps=2, batch=3, dit=Path("runs/smoke/dit/checkpoint.pt"),
-    out=Path("runs/smoke/samples"))
+SMOKE = dict(count=5, steps=2, at_once=3, dit=Path("runs/smoke/dit/checkpoint.pt"),
+             out=Path("runs/smoke/samples"))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -70,27 +63,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--latent-stats", type=Path, help="mean and std, for a published DiT")
     add("--out", type=Path, default=Path("runs/samples"), help="folder")
     add("--count", type=count, help="images in all")
-    add("--class", action="append", dest="classes", metavar="CLASS",
-        help="index or name; only the classes so given; repeatable")
+    add("--class", dest="classes", action="append", default=[], help="name or index; repeatable")
     add("--labels", choices=["balanced", "random"], default="balanced",
         help="classes equally often, or at random")
-    add("--batch", type=count, default=100, help="images at a time, per process")
+    add("--at-once", "--batch", type=count, default=100, help="images per process")
     add("--seed", type=runtime.seed, default=0, help="of the noise and of random labels")
     add("--sampler", choices=["euler", "heun", "sde"], default="euler",
         help="the ODE to first or second order, or SiT's SDE")
     add("--steps", type=count, help="steps from noise to data")
-    add("--shift", type=runtime.positive, default=1.0,
-        help="below 1 for more steps near the noise")
+    add("--shift", type=runtime.positive, default=1.0, help="below 1: more steps near noise")
     add("--guidance", type=runtime.non_negative, default=1.0, help="scale; 1: none")
     add("--interval", type=runtime.share, nargs=2, default=[0.0, 1.0],
         help="times of guidance; t = 1 is the data")
     add("--guide", type=Path, help="a weaker DiT to guide by, as in RAE")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of the networks; auto is bf16 on CUDA")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
     add("--smoke", action="store_true", help="a few images in a few steps")
-    for name, ours in THEIRS.items():  # and --help does not repeat them
-        p._option_string_actions[name] = p._option_string_actions[ours]
     args = p.parse(argv, PRESETS, SMOKE)
     if args.guide and args.guidance == 1:
         raise InputError("--guide does nothing at --guidance 1; RAE takes 1.42")
@@ -101,8 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # ------------------------------------------------------------------------------
 # A checkpoint of ours names its tokenizer, and holds the statistics of its
-# latents.  To a published one both must be given, and its classes are ImageNet's
-# if there are 1000.
+# latents.  To a published one both must be given.
 
 
 class Networks:
@@ -118,12 +105,8 @@ class Networks:
         config, named = self.dit.config, origin.get("tokenizer", {})
         channels, side = config["in_channels"], config["input_size"]
         self.shape, self.null = [channels, side, side], config["num_classes"]
-        imagenet = ResNet18_Weights.DEFAULT.meta["categories"]
-        self.classes = origin.get("classes") or (
-            imagenet if self.null == 1000 else [str(i) for i in range(self.null)])
-        if not (tokenizer or named):
-            raise InputError(f"{dit} names no tokenizer: give --tokenizer")
-        tokenizer = tokenizer or Path(named["path"])
+        self.classes = origin.get("classes") or [str(i) for i in range(self.null)]
+        tokenizer = tokenizer or checkpoints.tokenizer_of(dit, origin)
         self.tokenizer, file = checkpoints.load_tokenizer(tokenizer)
         sha256 = runtime.file_sha256(tokenizer)
         if self.tokenizer.channels != channels or named.get("sha256", sha256) != sha256:
@@ -131,7 +114,7 @@ class Networks:
                              "or train the DiT again")
         self.data = origin["config"]["data"] if "kind" in origin else None
         self.data_seed = file.get("config", {}).get("seed", 0)
-        known = checkpoints.read(stats) if stats else origin
+        known = checkpoints.read(stats) if stats else (file if "kind" not in file else {}) | origin
         names = ("mean", "std") if stats else ("latent_mean", "latent_std")
         found = [known[k].float().flatten() for k in names if torch.is_tensor(known.get(k))]
         if [values.isfinite().sum() for values in found] != [channels, channels]:
@@ -153,12 +136,10 @@ class Networks:
         self.sha256 = {str(path): runtime.file_sha256(path) for path in files}
 
     def find(self, wanted: list[str]) -> Tensor:
-        """The labels of these classes, which are names or else indices; or all labels."""
-        known = {str(i): i for i in range(self.null)}
-        known |= {name: i for i, name in enumerate(self.classes)}
+        """The labels of these names or indices of classes; without any, all labels."""
+        known = {str(i): i for i in range(self.null)} | {c: i for i, c in enumerate(self.classes)}
         for name in set(wanted) - set(known):
-            raise InputError(f"--class {name} is no name and no index of a class: there are "
-                             f"{self.null}, and `python checkpoints.py show` lists them")
+            raise InputError(f"--class {name}: `python checkpoints.py show` lists the classes")
         return torch.tensor([known[name] for name in wanted] or range(self.null))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -184,21 +165,6 @@ def save_images(path: Path, parts: list[Path], shape: tuple[int, ...], labels: T
             np.save(array, labels.numpy())
 
 
-def save_grid(path: Path, images: np.ndarray, labels: Tensor, classes: list[str]) -> None:
-    """A row for each of the first ten classes: its name, and eight images."""
-    side = images.shape[1] * max(1, 64 // images.shape[1])  # enlarges small ones
-    shown = labels.unique()[:10].tolist()
-    grid = Image.new("RGB", (80 + 8 * side, side * len(shown)), "white")
-    for row, label in enumerate(shown):
-        name = classes[label].replace(" ", "\n")
-        ImageDraw.Draw(grid).text((4, side * row + side // 2 - 6), name, "black")
-        for column, i in enumerate((labels == label).nonzero()[:8, 0].tolist()):
-            tile = Image.fromarray(images[i]).resize((side, side), Image.NEAREST)
-            grid.paste(tile, (80 + side * column, side * row))
-    with runtime.atomic(path) as temporary:
-        grid.save(temporary)
-
-
 # ------------------------------------------------------------------------------
 # A run.  Each batch becomes a file, the processes share out those that are
 # missing, and in the end one of them puts all together.
@@ -208,9 +174,9 @@ def save_grid(path: Path, images: np.ndarray, labels: Tensor, classes: list[str]
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
-    runtime.claim(rt, args.out)
+    runtime.claim(rt, args.out, args.out / "samples.npz")
     net = Networks(args.dit, args.tokenizer, args.latent_stats, args.guide, rt.device)
-    classes = net.find(args.classes or [])
+    classes = net.find(args.classes)
     order = torch.arange(args.count) % len(classes)
     if args.labels == "random":
         order = torch.randint(len(classes), (args.count,),
@@ -222,29 +188,22 @@ def main(argv: list[str] | None = None) -> None:
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     npz, facts = args.out / "samples.npz", args.out / "samples.json"
     if npz.exists() and facts.exists() and runtime.read_json(facts).get("digest") == digest:
-        remove_parts(args.out, rt)
         return rt.print(f"{args.out} has these samples already")
 
     folder, size = args.out / f".parts-{digest[:16]}", net.shape[1] * net.tokenizer.stride
     parts = {folder / f"{images[0]:08d}.npy": images.tolist()
-             for images in torch.arange(args.count).split(args.batch)}
+             for images in torch.arange(args.count).split(args.at_once)}
     missing = [part for part in parts if not part.exists()]
     runtime.barrier()  # everybody looks before anybody writes
-    mine = missing[rt.rank::rt.world]
-    bar = tqdm(desc="samples", total=sum(len(parts[part]) for part in mine), unit="image",
-               unit_scale=rt.world, disable=not rt.is_main)
-    for part in mine:
+    runtime.claim(rt, folder)
+    bar = tqdm(desc="samples", total=args.count, unit="image", disable=not rt.is_main)
+    bar.update(args.count - sum(len(parts[part]) for part in missing))
+    for part in missing[rt.rank::rt.world]:
         images = parts[part]
         noise = noise_of(images, net.shape, args.seed).to(rt.device)
+        y = labels[images].to(rt.device)
         velocity_fn = flow.guided_velocity(
-            net.dit,
-            labels[images].to(rt.device),
-            net.null,
-            args.guidance,
-            args.interval,
-            args.cfg_channels,
-            net.guide,
-        )
+            net.dit, y, net.null, args.guidance, args.interval, args.cfg_channels, net.guide)
         with torch.no_grad(), rt.autocast(args.precision):
             # Eq. 30 by the steps of Eq. 31, or by others.
             if args.sampler == "euler":
@@ -260,22 +219,22 @@ def main(argv: list[str] | None = None) -> None:
         if not (z.isfinite().all() and x_hat.isfinite().all()):
             raise InputError(f"images {images[0]} to {images[-1]} are not finite: use "
                              "--precision fp32, or train the DiT again")
-        with runtime.atomic(part) as file:
-            np.save(file, data.to_uint8(x_hat).permute(0, 2, 3, 1).numpy())
-        bar.update(len(images))
+        with runtime.atomic(part) as file, open(file, "wb+") as opened:  # "wb" hides a full disk
+            np.save(opened, data.to_uint8(x_hat).permute(0, 2, 3, 1).numpy())
+        bar.update(min(len(images) * rt.world, bar.total - bar.n))
     runtime.barrier()
 
     if rt.is_main:
         facts.unlink(missing_ok=True)  # they tell of other images
         save_images(npz, [*parts], (args.count, size, size, 3), labels)
-        save_grid(args.out / "grid.png", data.open_array(npz, "arr_0"), labels, net.classes)
+        images = data.open_array(npz, "arr_0")
+        data.save_rows(args.out / "grid.png", {
+            net.classes[y]: images[labels == y][:8] for y in labels.unique()[:10]})
+        for folder in args.out.glob(".parts-*"):
+            shutil.rmtree(folder)
         runtime.write_json(facts, settings | {
-            "digest": digest,
-            "data": net.data,
-            "data_seed": net.data_seed,
-            "versions": runtime.versions(),
-        })
-    remove_parts(args.out, rt)
+            "digest": digest, "data": net.data, "data_seed": net.data_seed,
+            "versions": runtime.versions()})
     rt.print(f"wrote {npz} and {args.out / 'grid.png'}")
 
 

@@ -22,7 +22,7 @@ import signal
 import statistics
 import time
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor, process
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -384,6 +384,28 @@ def read_arm(path: Path, arm: Arm) -> dict:
     return found
 
 
+def run_in_processes(count: int, jobs: list[tuple]):
+    """Yield after every arm.  The processes end with this one, however it ends.
+
+    They inherit that Ctrl-C is blocked.  Otherwise it would interrupt their imports.
+    """
+    context, masks = multiprocessing.get_context("spawn"), hasattr(signal, "pthread_sigmask")
+    with ProcessPoolExecutor(count, context, runtime.helper) as pool:
+        try:
+            if masks:   # not on Windows
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            arms = [pool.submit(run_arm, job) for job in jobs]
+            if masks:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for arm in as_completed(arms):
+                yield arm.result()
+        except BrokenExecutor:
+            raise InputError("the process of an arm was killed: is the memory full?") from None
+        finally:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+
 def run(arms: list[Arm], recipe: dict, device: torch.device, folder: Path,
         kind: type[Model] = Model) -> list[dict]:
     """Train the arms that have no file yet, and read all of them."""
@@ -395,16 +417,9 @@ def run(arms: list[Arm], recipe: dict, device: torch.device, folder: Path,
             read_arm(paths[-1], arm)   # a damaged file is named before the work
         else:
             jobs.append((arm, recipe, device, kind, paths[-1]))
-    processes = min(torch.get_num_threads(), len(jobs)) if device == CPU else 1
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, processes), context, runtime.helper) as pool:
-        try:
-            done = (pool.map if processes > 1 else map)(run_arm, jobs)
-            list(tqdm(done, "arms", len(jobs), disable=None))
-        except BaseException:   # the pool would wait for the ends of its arms
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
+    count = min(torch.get_num_threads(), len(jobs)) if device == CPU else 1
+    done = run_in_processes(count, jobs) if count > 1 else map(run_arm, jobs)
+    list(tqdm(done, "arms", len(jobs), disable=None))
     return [read_arm(path, arm) for path, arm in zip(paths, arms)]
 
 
@@ -422,11 +437,10 @@ def main(argv: list[str] | None = None) -> dict:
     path = args.json or args.out / "toy2d.json"
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out, path)
-    device = rt.device
     torch.set_float32_matmul_precision("highest")   # TF32 is coarser than KL's error
     recipe = PRESETS[args.preset] | (SMOKE if args.smoke else {})
     arms = [replace(arm, seed=seed) for seed in args.seeds for arm in ARMS]
-    results = run(arms, recipe, device, args.out / "arms")
+    results = run(arms, recipe, rt.device, args.out / "arms")
 
     numbers = {}
     for k, arm in enumerate(ARMS):
@@ -439,7 +453,7 @@ def main(argv: list[str] | None = None) -> dict:
             print(f"    {key:24}{statistics.mean(values):.4g}{spread}")
     runtime.write_json(path, {
         "command": runtime.command_line(), "date": time.strftime("%Y-%m-%d"),
-        "device": runtime.device_name(device), "versions": runtime.versions(),
+        "device": runtime.device_name(rt.device), "versions": runtime.versions(),
         "training_seconds": sum(result["seconds"] for result in results),
         "recipe": recipe, "seeds": args.seeds, "arms": numbers})
     kl, good_kl, strong_kl, ve = results[:len(ARMS)]

@@ -17,7 +17,6 @@ import runtime  # before torch: it says how idle threads wait
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 import checkpoints
 import data
@@ -109,10 +108,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def encode_images(name: str | None, shapes: int, cache: Path, precision: str,
                   tokenizer: models.Tokenizer, origin: dict, sha256: str,
-                  workers: int, rt: Runtime) -> data.LatentSet:
+                  workers: int, accept: bool, rt: Runtime) -> data.LatentSet:
     """The latents of the images `name`: those in `cache`, or new ones.
 
     origin, sha256: the content of the tokenizer's file, and its hash.
+    accept: take latents of image files that have got another date since.
     """
     if name is None:
         raise InputError("the tokenizer's file names no images: give --data")
@@ -120,6 +120,7 @@ def encode_images(name: str | None, shapes: int, cache: Path, precision: str,
     dataset = data.open_dataset(name, known["size"], "train", known["seed"])
     if name == "shapes":
         dataset.length = shapes  # they have no end of their own
+    rt.print(data.summary(dataset))
 
     def encode(x: Tensor):
         with rt.autocast(precision):
@@ -128,7 +129,7 @@ def encode_images(name: str | None, shapes: int, cache: Path, precision: str,
 
     key = {"tokenizer": sha256, "precision": precision}
     latents = data.cache_latents(
-        cache, dataset, encode, key, 64, rt.rank, rt.world, workers, rt.device)
+        cache, dataset, encode, key, 64, rt.rank, rt.world, workers, rt.device, accept)
     runtime.report_skipped(latents.skipped if rt.is_main else [])
     return latents
 
@@ -205,31 +206,30 @@ class Learner:
         """Go on from the checkpoint, if there is one.  Returns its step."""
         if not path.exists():
             return 0
-        state = checkpoints.read(path, "dit")
+        state = checkpoints.read(path, "dit", resume=True)
         runtime.check_same_command(state["config"], config, FREE, path)
-        self.dit.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"], state["ema_updates"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        if is_main:
-            self.bins.sums.copy_(state["errors_by_t"])
+        checkpoints.restore(state, path, model=self.dit, ema=self.ema.model,
+                            optimizers=self.optimizers)
+        if is_main:   # the sums are those of all processes
+            checkpoints.restore(state, path, errors_by_t=self.bins.sums)
+        self.ema.updates = state["ema_updates"]
         return state["step"]
 
 
 @torch.no_grad()
 def save_picture(path: Path, dit: models.DiT, tokenizer: models.Tokenizer,
-                 shape: tuple[int, ...], mean: Tensor, std: Tensor, steps: int,
+                 latents: data.LatentSet, mean: Tensor, std: Tensor, steps: int,
                  rt: Runtime) -> None:
     """Samples of ten classes in rows, from the same noise every time."""
-    classes = dit.config["num_classes"]
+    classes, shape = len(latents.classes), latents.shape
     y = torch.arange(min(classes, 10), device=rt.device).repeat_interleave(8)
     draws = runtime.generator(0, "picture", device=rt.device)
     noise = torch.randn(len(y), *shape, generator=draws, device=rt.device)
     velocity_fn = flow.guided_velocity(dit, y, null=classes, scale=1.0)
     z = flow.denormalize(flow.euler(velocity_fn, noise, steps), mean, std)
     x_hat = torch.cat([tokenizer.decode(part).cpu() for part in z.split(16)])
-    with runtime.atomic(path) as temporary:
-        save_image(x_hat, temporary, nrow=8, normalize=True, value_range=(-1, 1))
+    rows = data.to_uint8(x_hat).permute(0, 2, 3, 1).split(8)
+    data.save_rows(path, dict(zip(latents.classes, rows)))
 
 
 # ------------------------------------------------------------------------------
@@ -254,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         args.data = args.data or origin.get("config", {}).get("data")
         latents = encode_images(args.data, args.shapes, args.cache, args.precision,
-                                tokenizer, origin, sha256, args.workers, rt)
+                                tokenizer, origin, sha256, args.workers,
+                                args.accept_data, rt)
     if latents.shape[0] != tokenizer.channels:
         raise InputError(f"{args.latents} has {latents.shape[0]} channels, but "
                          f"{args.tokenizer} has {tokenizer.channels}")
@@ -331,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
                 with rt.autocast(args.precision):
                     save_picture(
                         args.out / "images" / f"{done:07d}.png", learner.ema.model,
-                        tokenizer, latents.shape, mean, std, args.grid_steps, rt)
+                        tokenizer, latents, mean, std, args.grid_steps, rt)
                 checkpoints.save({
                     "kind": "dit", "config": config, "step": done,
                     "model_config": dit.config, "model": dit.state_dict(),

@@ -28,7 +28,6 @@ import runtime  # before torch, because it says how idle threads wait
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import save_image
 
 import checkpoints
 import data
@@ -252,7 +251,7 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
     """Scores of held-out images [N, 3, H, W], and the statistics of their z.
 
     The picture has four rows: inputs, what is decoded from the posterior's mean
-    and from a sample, and log sigma (bright is wide).
+    and from a sample, and sigma on a logarithmic scale.
     `noise_cost` is what the sample's noise adds to L_rec, over the L_var of
     Eq. 9.  At the equilibrium of Eq. 14 it equals lambda1.
     """
@@ -275,22 +274,23 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
     for name, x_hat in zip(("psnr_mean", "psnr_sample"), pair):
         psnr = metrics.psnr(data.to_uint8(x_hat), data.to_uint8(images))
         scores[name] = psnr.mean().item()
-    rows = [a[:12] for a in (images, *pair)]
+    rows = dict(zip(("held-out images", "D(mean)", "D(z)"), (images, *pair)))
     if tokenizer.learns_sigma:
         scores["noise_cost"] = cost / inverse_variance(logvar).item()
-        rows.append(sigma_map(logvar[:12], images.shape[-2:]))
-    with runtime.atomic(picture) as file:
-        save_image(torch.cat(rows).clamp(-1, 1) / 2 + 0.5, file, nrow=len(rows[0]))
+        low, high, shown = sigma_map(logvar[:12], images.shape[-2:])
+        rows[f"sigma, from\n{low:.2g} (black)\nto {high:.2g}"] = shown
+    data.save_rows(picture, {name: data.to_uint8(a[:12]).permute(0, 2, 3, 1)
+                             for name, a in rows.items()})
     std, mean = torch.std_mean(z.transpose(0, 1).flatten(1), dim=1)
     return scores, {"latent_mean": mean, "latent_std": std}
 
 
-def sigma_map(logvar: Tensor, size: tuple[int, int]) -> Tensor:
-    """log sigma as images [B, 3, *size] that span [-1, 1]."""
-    a = nn.functional.interpolate(logvar.mean(1, keepdim=True), size=size)
+def sigma_map(logvar: Tensor, size: tuple[int, int]) -> tuple[float, float, Tensor]:
+    """The lowest and the highest sigma, and images [B, 3, *size] of its logarithm."""
+    a = nn.functional.interpolate(logvar.mean(1, keepdim=True), size=size) / 2
     low, high = a.min(), a.max()
-    a = 2 * (a - low) / (high - low).clamp(min=1e-6) - 1
-    return a.expand(-1, 3, -1, -1)
+    scaled = 2 * (a - low) / (high - low).clamp(min=1e-6) - 1
+    return low.exp().item(), high.exp().item(), scaled.expand(-1, 3, -1, -1)
 
 
 # ------------------------------------------------------------------------------
@@ -329,10 +329,9 @@ def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
     The settings must be those of the checkpoint.  Returns the steps that are done.
     """
     if checkpoint.exists():
-        state = checkpoints.read(checkpoint, "tokenizer")
+        state = checkpoints.read(checkpoint, "tokenizer", resume=True)
         runtime.check_same_command(state["config"], settings, FREE, checkpoint)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        checkpoints.restore(state, checkpoint, **parts)
         return state["step"]
     if init:
         found = checkpoints.read_tokenizer_parts(init)
@@ -360,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
     train = data.open_dataset(args.data, args.size, "train", args.seed)
+    rt.print(data.summary(train))
     if args.epochs:
         args.steps = runtime.steps_of(args.epochs, len(train), args.batch)
     val = data.open_dataset(args.data, args.size, "val", args.seed)

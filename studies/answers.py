@@ -4,7 +4,6 @@ They are drawn from the JSON files of the arms alone, and hold what was not run
 as well as what was.  `python -m studies.experiments --draw` calls this.
 """
 
-import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from typing import Any
 
 import runtime  # before torch, which it tells how threads wait
 
-import matplotlib
 import torch
 from torch import Tensor
 
 from runtime import InputError
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from studies.plot import plt
+from studies.records import is_number
 
 # ------------------------------------------------------------------------------
 # The questions, with the columns of their tables.  The figure of a question sets
@@ -60,6 +57,40 @@ QUESTIONS = {
                 "psnr rfd fd kd", "psnr"),
     8: Question("Muon against AdamW for the transformer", "flow_loss fd kd", "flow_loss"),
 }
+
+
+# ------------------------------------------------------------------------------
+# The files of the arms.  What they hold is checked here, once.
+
+
+def is_run(run: dict[str, Any]) -> bool:
+    """Whether this is what studies/experiments.py says of an arm."""
+    texts = [run["arm"], run["features"], run["hardware"], run["date"],
+             run["settings"]["scores"], run["versions"]["torch"]]
+    numbers, curves = run["numbers"], run["curves"]
+    pairs = [[curve["log_t"], curve["log_sigma"]] for curve in curves.values()]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(v is None or is_number(v) for v in numbers.values())
+        and isinstance(run["seed"], int) and is_number(numbers["fd"])
+        and (not curves or curves.keys() == {"bins", "points"} and numbers["lambda1"] > 0)
+        and all(len(t) == len(sigma) and all(map(is_number, t + sigma))
+                for t, sigma in pairs))
+
+
+def read_runs(results: Path) -> list[dict[str, Any]]:
+    paths = sorted((results / "arms").glob("*.json"))
+    if not paths:
+        raise InputError(f"{results}/arms holds no results: run some arms")
+    runs = [runtime.read_json(path) for path in paths]
+    for path, run in zip(paths, runs):
+        try:
+            good = is_run(run)
+        except (KeyError, TypeError, AttributeError):   # something is missing, or of another type
+            good = False
+        if not good:
+            raise InputError(f"{path} is not the file of an arm: remove it")
+    return runs
 
 
 # ------------------------------------------------------------------------------
@@ -122,13 +153,13 @@ def best_of_families(rows: list[Row]) -> list[str]:
 
 def explained(runs: list[dict[str, Any]]) -> list[str]:
     """What generation FD goes with, over all runs but question 8's own."""
-    runs = [run["numbers"] for run in runs
+    keys = "fd", "rfd", "flow_loss", "psnr", "psnr_0.5"
+    runs = [[run["numbers"].get(key) for key in keys] for run in runs
             if not {"AdamW", "Muon"} & set(run["arm"].split())]
+    runs = [numbers for numbers in runs if None not in numbers]
     if len(runs) < 5:
         return []
-    fd, rfd, flow_loss, psnr, noisy = (
-        torch.tensor([run[k] for run in runs], dtype=torch.float64)
-        for k in ("fd", "rfd", "flow_loss", "psnr", "psnr_0.5"))
+    fd, rfd, flow_loss, psnr, noisy = torch.tensor(runs, dtype=torch.float64).T
     alone, t = regress(fd, rfd)
     lines = [f"* Over {len(runs)} runs the reconstruction's FD explains "
              f"{100 * alone:.0f} % of the variance of the generation's FD (t = {t:.1f})."]
@@ -143,7 +174,7 @@ def explained(runs: list[dict[str, Any]]) -> list[str]:
 def regress(y: Tensor, *xs: Tensor) -> tuple[float, float]:
     """Least squares of y [N] on xs [N] and 1: R^2, and t of the last slope."""
     A = torch.stack([torch.ones_like(y), *xs], 1)
-    inverse = torch.linalg.inv(A.T @ A)
+    inverse = torch.linalg.pinv(A.T @ A)
     slopes = inverse @ A.T @ y
     rest = (y - A @ slopes).square().sum()
     error = (rest / (len(A) - A.shape[1]) * inverse[-1, -1]).sqrt()
@@ -176,7 +207,8 @@ def write_table(number: int, rows: list[Row], notes: list[str], path: Path) -> N
         lines += ["", "**Arms of different sizes or editions: not comparable.**"]
     lines += ["", "± is the standard deviation over seeds.  The flow loss is the mean "
               "of the last third of training.", *("; ".join(sorted(f)) for f in facts)]
-    path.write_text("\n".join(lines) + "\n")
+    with runtime.atomic(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 def draw_points(axis: Any, rows: list[Row], question: Question) -> None:
@@ -215,10 +247,8 @@ def draw_equilibrium(axis: Any, rows: list[Row]) -> None:
 
 def draw(results: Path, arms: list[Any]) -> None:
     """All tables and figures.  `arms` are those that have been declared."""
-    files = sorted((results / "arms").glob("*.json"))
-    if not files:
-        raise InputError(f"{results}/arms holds no results: run some arms")
-    runs = [json.loads(path.read_text()) for path in files]
+    runs = read_runs(results)
+    runtime.lock(results)
     for number, question in QUESTIONS.items():
         names = {arm.name: arm.family for arm in arms if number in arm.questions}
         rows = [Row(name, family, [run for run in runs if run["arm"] == name])
@@ -232,7 +262,8 @@ def draw(results: Path, arms: list[Any]) -> None:
             axis.legend(fontsize=8)
         axis.set_title(f"{number}. {question.title}", fontsize=10)
         axis.grid(alpha=0.3)
-        figure.savefig(results / f"question{number}.png", dpi=110)
+        with runtime.atomic(results / f"question{number}.png") as temporary:
+            figure.savefig(temporary, dpi=110)
         plt.close(figure)
     print(f"wrote {len(QUESTIONS)} tables and figures of {len(runs)} runs to {results}")
 

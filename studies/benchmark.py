@@ -10,8 +10,8 @@ the largest rate at which the machine multiplies matrices, guidance in an
 interval with guidance everywhere, and our scores with others.
 """
 
+import importlib.util
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import checkpoints
 import flow
 import frozen
 import losses
@@ -271,9 +272,9 @@ def inception_arms(bench: Bench, size: int) -> Arms:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     torch.manual_seed(0)
     net = frozen.FidInception().eval().requires_grad_(False)
-    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-        torch.save(net.state_dict(), file.name)
-        theirs = FeatureExtractorInceptionV3("", ["2048"], file.name)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.save(net.state_dict(), f"{folder}/inception.pth")
+        theirs = FeatureExtractorInceptionV3("", ["2048"], f"{folder}/inception.pth")
     x = torch.randint(256, (bench.batch, 3, size, size), dtype=torch.uint8)
     x, run = x.to(bench.rt.device), torch.inference_mode()(lambda f: f(x)[0])
     return {name: partial(run, f.to(bench.rt.device))
@@ -281,6 +282,10 @@ def inception_arms(bench: Bench, size: int) -> Arms:
 
 
 def evaluation(bench: Bench, size: int, smoke: bool) -> dict[str, Any]:
+    for package in ("scipy", "torch_fidelity"):
+        if not importlib.util.find_spec(package):
+            raise InputError(f"{package} is not installed, and our scores are compared with "
+                             "it: `make test` installs it")
     report = {}
     for part, arms in (("frechet", frechet_arms(64 if smoke else 2048)),
                        ("inception", inception_arms(bench, size))):

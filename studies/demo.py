@@ -6,21 +6,18 @@ It reads what the stages left in the folder, draws demo.png there, and prints
 five numbers with a sentence each.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import runtime  # before torch, because it says how idle threads wait
 
 import matplotlib
-import numpy as np
 import torch
 
 import checkpoints
 import data
-import frozen
-import metrics
+from runtime import InputError
+from studies.records import read_log, read_scores
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -53,8 +50,8 @@ def reconstructions(folder: Path) -> tuple[Any, Any, Any]:
 def draw(folder: Path) -> None:
     """demo.png: inputs, reconstructions, sigma maps, and rows of samples."""
     images, x_hat, sigma = reconstructions(folder)
-    with np.load(folder / "samples/samples.npz") as archive:
-        samples, labels = archive["arr_0"], archive["arr_1"]
+    archive = data.read_npz(folder / "samples/samples.npz", "arr_0", "arr_1")
+    samples, labels = archive["arr_0"], archive["arr_1"]
     classes = checkpoints.read(folder / "dit/checkpoint.pt", "dit")["classes"]
     generated = 4
     figure, axes = plt.subplots(
@@ -90,12 +87,11 @@ def draw(folder: Path) -> None:
 
 def page(folder: Path) -> str:
     """Five numbers with a sentence each, and where the pictures are."""
-    toy = json.loads((folder / "toy2d/toy2d.json").read_text())["arms"]
+    toy = runtime.read_json(folder / "toy2d/toy2d.json")["arms"]
     kl, ve = (toy[name]["invalid [%]"][0] for name in ("KL 1e-3", "VE 1e-2"))
-    log = [json.loads(line) for line
-           in (folder / "tokenizer/log.jsonl").read_text().splitlines()]
+    log = read_log(folder / "tokenizer")
     held_out = [line for line in log if "held_out" in line][-1]["held_out"]
-    report = json.loads((folder / "evaluation/results.json").read_text())
+    report = read_scores(folder / "evaluation/results.json")
     rebuilt = rows_of(report, "reconstruction")["metrics"]
     made = rows_of(report, "generation")["metrics"]
     return f"""
@@ -121,12 +117,21 @@ noise on the latent    {folder}/evaluation/noise_curve.png
 """
 
 
-def main() -> None:
+@runtime.command
+def main(argv: list[str] | None = None) -> None:
     p = runtime.Parser(__doc__)
     p.add_argument("folder", type=Path, help="what the demo's stages wrote")
-    folder = p.parse(None).folder
-    draw(folder)
-    print(page(folder))
+    folder = p.parse(argv).folder
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: `make demo` fills runs/demo")
+    runtime.claim(runtime.start("cpu"), folder, folder / "demo.png")
+    try:
+        said = page(folder)
+        draw(folder)
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise InputError(f"{folder} is not what `make demo` leaves ({error!r}): remove it, "
+                         "and give `make demo` again") from None
+    print(said)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import data
 import flow
 import losses
 import models
+from runtime import InputError
 
 Decoder = Callable[[Tensor], Tensor]
 FINER = 8  # times the Euler steps of the integration that is taken for exact
@@ -77,10 +78,10 @@ def trained_loss_slope(
 # Eq. 14 is a straight line of log sigma on log T.
 
 
-def slope_of(y: Tensor, x: Tensor) -> float:
-    """The least-squares slope of y [N] on x [N]."""
+def slope_of(y: Tensor, x: Tensor) -> float | None:
+    """The least-squares slope of y [N] on x [N], if x varies."""
     (xx, xy), _ = torch.cov(torch.stack([x, y]).double()).tolist()
-    return xy / xx
+    return xy / xx if xx > 0 else None
 
 
 def equilibrium(
@@ -104,7 +105,7 @@ def equilibrium(
     rounded = [[round(v, 4) for v in a[few].tolist()] for a in (of_all, of_trace)]
     return {
         "equilibrium_slope": slope_of(log_sigma, log_t) if len(log_t) > 2 else None,
-        "equilibrium_ratio": 10**log_ratio,
+        "equilibrium_ratio": 10**log_ratio if len(log_t) else None,
         "trace_slope": slope_of(of_all, of_trace),
         "bins": {"log_sigma": log_sigma.tolist(), "log_t": log_t.tolist()},
         "points": {"log_sigma": rounded[0], "log_t": rounded[1]},
@@ -133,13 +134,13 @@ def measure_equilibrium(
 # The sampler's error, in the latent and in the picture.
 
 
-def perturbation(coarse: Tensor, fine: Tensor, sigma: Tensor) -> dict[str, float]:
+def perturbation(coarse: Tensor, fine: Tensor, sigma: Tensor) -> dict[str, float | None]:
     """Latents [B, C, h, w] and sigma [C], in units of the latent's spread."""
     error = coarse - fine
-    rms = error.square().mean().sqrt().item()
+    rms, wide = error.square().mean().sqrt().item(), sigma.square().mean().sqrt().item()
     return {
         "sampler_error": rms,
-        "sampler_over_sigma": rms / sigma.square().mean().sqrt().item(),
+        "sampler_over_sigma": rms / wide if wide > 0 else None,
         "sampler_outside": (error.abs() > sigma[:, None, None]).double().mean().item(),
     }
 
@@ -173,13 +174,21 @@ def main(argv: list[str] | None = None) -> None:
     add, count = p.add_argument, runtime.positive_int
     add("dit", type=Path, help="checkpoint of train_dit.py")
     add("out", type=Path, help="JSON file of what is found")
+    add("--tokenizer", type=Path, help="its tokenizer, if that is elsewhere now")
     add("--count", type=count, default=32, help="images, and generated latents")
     add("--steps", type=count, default=50, help="Euler steps of the sampler")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     args = p.parse(argv)
-    place = runtime.start(args.device).device
+    rt = runtime.start(args.device)
+    runtime.claim(rt, args.out.parent, args.out)
+    place = rt.device
     dit, checkpoint = checkpoints.load_dit(args.dit)
-    tokenizer, source = checkpoints.load_tokenizer(checkpoint["tokenizer"]["path"])
+    if "latent_mean" not in checkpoint:
+        raise InputError(f"{args.dit} is a published file: give one of train_dit.py")
+    path = args.tokenizer or checkpoints.tokenizer_of(args.dit, checkpoint)
+    tokenizer, source = checkpoints.load_tokenizer(path)
+    if "config" not in source:
+        raise InputError(f"{path} does not name its images: give one of train_tokenizer.py")
     dit, tokenizer = (net.to(place).requires_grad_(False) for net in (dit, tokenizer))
     found, sigma2 = measure_equilibrium(tokenizer, source["config"], args.count)
     mean, std = (checkpoint[f"latent_{key}"].to(place) for key in ("mean", "std"))

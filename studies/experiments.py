@@ -15,12 +15,14 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from tqdm import tqdm
 
 from runtime import InputError
 from studies import answers
+from studies.records import read_log, read_scores
 
 # ------------------------------------------------------------------------------
 # The size of every arm.  `edition` goes up when the code changes what an arm
@@ -133,7 +136,7 @@ class Plan:
         common = f"--batch {r['batch']} --seed {arm.seed}"
         optimizer = arm.dit or f"--optimizer {r['optimizer']} --lr {r['lr']}"
         return {
-            "tokenizer": f"--preset {r['preset']} --data {Path(self.data).name} "
+            "tokenizer": f"--preset {r['preset']} --data {shlex.quote(Path(self.data).name)} "
                          f"--steps {r['tokenizer_steps']} {common} {arm.tokenizer}",
             "dit": f"--preset {r['preset']} --precision {r['precision']} "
                    f"--steps {r['dit_steps']} {common} {optimizer}",
@@ -151,46 +154,69 @@ class Plan:
     def stages(self) -> list[tuple[str, Path]]:
         """Commands, each with the file that says that it has been done."""
         r, settings = self.recipe, self.settings()
-        tokenizer, dit, scores = map(self.folder, settings)
+        folders = {stage: self.folder(stage) for stage in settings}
+        tokenizer, dit, scores = (shlex.quote(str(folders[stage])) for stage in settings)
         common = f"--device {self.device}" + " --smoke" * r["smoke"]
-        data = f"--data {self.data} --workers 0"
+        data = f"--data {shlex.quote(self.data)} --workers 0"
         trained = f"{tokenizer}/checkpoint.pt"
         commands = [
             (f"train_tokenizer.py {settings['tokenizer']} {data} {common}"
-             f" --out {tokenizer}", tokenizer / "trained"),
+             f" --out {tokenizer}", folders["tokenizer"] / "trained"),
             (f"train_dit.py {settings['dit']} {data} {common} --out {dit}"
-             f" --tokenizer {trained} --cache {tokenizer}/latents", dit / "trained"),
+             f" --tokenizer {trained} --cache {tokenizer}/latents",
+             folders["dit"] / "trained"),
             (f"sample.py --preset plain --dit {dit}/checkpoint.pt"
              f" --out {scores}/samples"
              f" --count {r['count']} --steps {r['euler']} --batch {r['batch']}"
              f" --seed {self.arm.seed} --precision {r['precision']} {common}",
-             scores / "samples/samples.json"),
+             folders["scores"] / "samples/samples.json"),
             (f"evaluate.py --tokenizer {trained} --limit {r['count']} {common}"
              f" --workers 0 --out {scores}/tokenizer",
-             scores / "tokenizer/results.json"),
+             folders["scores"] / "tokenizer/results.json"),
             (f"evaluate.py --samples {scores}/samples/samples.npz {common}"
              f" --workers 0 --out {scores}/samples",
-             scores / "samples/results.json")]
+             folders["scores"] / "samples/results.json")]
         if self.arm.seed == 0 and {5, 6} & set(self.arm.questions):
-            found = scores / "measured.json"
             commands.append(
-                (f"-m studies.equilibrium {dit}/checkpoint.pt {found} --steps"
-                 f" {r['euler']} --count {r['measured']} --device {self.device}",
-                 found))
+                (f"-m studies.equilibrium {dit}/checkpoint.pt {scores}/measured.json"
+                 f" --steps {r['euler']} --count {r['measured']} --device {self.device}",
+                 folders["scores"] / "measured.json"))
         return commands
 
 
 # ------------------------------------------------------------------------------
-# Running.  What is done is not done again.
+# Running.  What is done is not done again.  An empty file, as some disks leave it
+# when the power fails, is none.
+
+# A stage ends with its parent, as torchrun's processes do, if this is set.
+BOUND = {"TORCHELASTIC_RUN_ID": "experiments"}
 
 
 def execute(command: str) -> str:
-    """Run a stage on one thread.  Returns "", or the last line of its complaint."""
-    done = subprocess.run([sys.executable, *command.split()], text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    lines = re.split(r"[\r\n]+", done.stderr.strip())
-    return "" if done.returncode == 0 else lines[-1] or f"status {done.returncode}"
+    """Run a stage on one thread.  Returns "", or the last line of its complaint.
+
+    Ctrl-C does not reach the stage itself.  It is asked to stop, and saves its work.
+    """
+    stage = subprocess.Popen(
+        [sys.executable, *shlex.split(command)], text=True, errors="replace",
+        env=os.environ | BOUND | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        _, said = stage.communicate()
+    except BaseException:
+        stage.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            stage.communicate(timeout=8)
+        stage.kill()
+        raise
+    if stage.returncode < 0:
+        return f"killed by signal {-stage.returncode}"
+    lines = re.split(r"[\r\n]+", said.strip())
+    return "" if stage.returncode == 0 else lines[-1] or f"status {stage.returncode}"
+
+
+def is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def result_path(results: Path, arm: Arm) -> Path:
@@ -199,8 +225,7 @@ def result_path(results: Path, arm: Arm) -> Path:
 
 def is_done(plan: Plan, results: Path) -> bool:
     path = result_path(results, plan.arm)
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found.get("settings") == plan.settings()
+    return is_filled(path) and runtime.read_json(path).get("settings") == plan.settings()
 
 
 def run_arm(plan: Plan, results: Path, say: Callable[[str], None]) -> None:
@@ -210,9 +235,10 @@ def run_arm(plan: Plan, results: Path, say: Callable[[str], None]) -> None:
     for folder in (link.parent, cache):
         folder.mkdir(parents=True, exist_ok=True)
     if not link.exists():
+        link.unlink(missing_ok=True)   # it may lead nowhere
         link.symlink_to(cache.resolve())
     for command, done in plan.stages():
-        if done.exists():
+        if is_filled(done):
             continue
         stage = command.removeprefix("-m ").split()[0]
         say(f"{plan.arm.key}: {stage}")
@@ -220,25 +246,34 @@ def run_arm(plan: Plan, results: Path, say: Callable[[str], None]) -> None:
         if problem:
             raise InputError(f"{plan.arm.key}, {stage}: {problem}; the same command "
                              "goes on from here")
-        done.touch()
+        if not is_filled(done):   # a training writes no file of its own at its end
+            runtime.write_json(done, {"command": command})
     runtime.write_json(result_path(results, plan.arm), collect(plan))
-    shutil.rmtree(plan.folder("tokenizer") / "latents")  # 100 MB
+    shutil.rmtree(plan.folder("tokenizer") / "latents", ignore_errors=True)  # 100 MB
 
 
 # ------------------------------------------------------------------------------
 # The file of an arm, from what its stages have left.
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[1:]]
-
-
 def collect(plan: Plan) -> dict[str, Any]:
     """What the arm is, how it was made, and its numbers."""
+    try:
+        found = read_numbers(plan)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        folders = ", ".join(map(str, map(plan.folder, plan.settings())))
+        raise InputError(f"{plan.arm.key}: a log or a score is damaged or not of this arm "
+                         f"({error!r}): remove {folders}, and give the same command "
+                         "again") from None
+    return {"arm": plan.arm.name, "seed": plan.arm.seed, "settings": plan.settings(),
+            "versions": runtime.versions(), "date": time.strftime("%Y-%m-%d"),
+            "hardware": runtime.device_name(runtime.start(plan.device).device)} | found
+
+
+def read_numbers(plan: Plan) -> dict[str, Any]:
     tokenizer, dit, scores = map(plan.folder, plan.settings())
     held_out = [row["held_out"] for row in read_log(tokenizer) if "held_out" in row][-1]
-    losses = [row["velocity"] for row in read_log(dit)]
+    losses = [row["velocity"] for row in read_log(dit) if "velocity" in row]
     numbers = {k: held_out.get(k) for k in ("sigma2", "relative_noise", "spread")}
     if plan.arm.family == "sigma-VAE":   # the same for every image
         sigma = float(plan.arm.value)
@@ -248,7 +283,7 @@ def collect(plan: Plan) -> dict[str, Any]:
     of = {"tokenizer": {"PSNR": "psnr", "rFD": "rfd", "rFID": "rfd"},
           "samples": {"FD": "fd", "FID": "fd", "KD": "kd", "KID": "kd"}}
     for part, names in of.items():
-        row = json.loads((scores / part / "results.json").read_text())[0]
+        row = read_scores(scores / part / "results.json")[0]
         for metric, value in row["metrics"].items():
             if metric.split("-")[0] in names and "real images" not in metric:
                 numbers[names[metric.split("-")[0]]] = value
@@ -256,12 +291,9 @@ def collect(plan: Plan) -> dict[str, Any]:
             if point["noise"] == "relative":
                 numbers[f"psnr_{point['level']:g}"] = point["PSNR"]
     measured = scores / "measured.json"
-    extra = json.loads(measured.read_text()) if measured.exists() else {}
+    extra = runtime.read_json(measured) if measured.exists() else {}
     curves = {k: extra.pop(k) for k in ("bins", "points") if k in extra}
-    return {"arm": plan.arm.name, "seed": plan.arm.seed, "settings": plan.settings(),
-            "features": row["protocol"]["features"], "versions": runtime.versions(),
-            "hardware": runtime.device_name(runtime.start(plan.device).device),
-            "date": time.strftime("%Y-%m-%d"), "numbers": numbers | extra,
+    return {"features": row["protocol"]["features"], "numbers": numbers | extra,
             "curves": curves}
 
 
@@ -315,6 +347,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.data not in ("shapes", "cifar10") and not Path(args.data).is_dir():
         raise InputError(f"--data {args.data} is not a folder: see RESULTS.md")
+    rt = runtime.start(args.device)
+    runtime.claim(rt, args.out)
+    runtime.claim(rt, args.results)
     bar = tqdm([plan for plan in plans if not is_done(plan, args.results)], "arms")
     for plan in bar:
         run_arm(plan, args.results, bar.write)

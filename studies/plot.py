@@ -9,7 +9,6 @@ Each quantity has a panel, and each run a line in it.  Without --keys every
 number of the logs is drawn.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +20,39 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from runtime import InputError
+from studies.records import is_number, read_log
 
 # ------------------------------------------------------------------------------
 # A log is a header, then one JSON object for every logged step.  An object may
 # hold another one, such as the scores of held-out images.
 
-Curves = dict[str, tuple[list[int], list[Any]]]  # name -> steps, values
+Curves = dict[str, tuple[list[float], list[Any]]]  # name -> steps, values
 
 
 def flatten(line: dict[str, Any]) -> dict[str, Any]:
     """{"held_out": {"psnr": 24}} becomes {"held_out.psnr": 24}."""
     flat = {}
     for key, value in line.items():
-        if isinstance(value, dict):
-            inner = flatten(value)
-            flat |= {f"{key}.{name}": inner[name] for name in inner}
-        else:
-            flat[key] = value
+        inner = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": entry for name, entry in inner} or {key: value}
     return flat
 
 
 def read_curves(run: Path) -> Curves:
-    """All that a run has logged.  `run` is its folder, or its log.jsonl.
-
-    InputError if there is no log, or if it has no steps.
-    """
-    path = run / "log.jsonl" if run.is_dir() else run
-    if not path.is_file():
-        raise InputError(f"{path} is not there: give the folder of a training")
+    """All numbers, and all lists of numbers, that a run has logged."""
     curves: Curves = {}
-    for text in path.read_text().splitlines():
-        try:
-            line = flatten(json.loads(text))
-        except json.JSONDecodeError:  # a half line: it is being written
-            continue
-        step = line.pop("step", None)
-        if step is None:  # the header
-            continue
-        for key, value in line.items():
-            if isinstance(value, (int, float, list)):
-                steps, values = curves.setdefault(key, ([], []))
+    for line in read_log(run):
+        step = line.pop("step")
+        line.pop("changed", None)  # settings, with which the run has gone on
+        for key, value in flatten(line).items():
+            entries = value if isinstance(value, list) else [value]
+            steps, values = curves.get(key, ([], []))
+            alike = not values or isinstance(values[0], list) == isinstance(value, list)
+            if alike and any(map(is_number, entries)):
+                entries = [v if is_number(v) else None for v in entries]
                 steps.append(step)
-                values.append(value)
-    if not curves:
-        raise InputError(f"{path} has no logged steps yet: wait for the first")
+                values.append(entries if isinstance(value, list) else value)
+                curves[key] = steps, values
     return curves
 
 
@@ -75,10 +63,13 @@ def choose_keys(runs: dict[str, Curves], wanted: list[str] | None) -> list[str]:
         if key not in present:
             known = ", ".join(present)
             raise InputError(f"--keys {key} is in no log; they have {known}")
-    return wanted or [
+    numbers = [
         key for key, (_, values) in present.items()
         if not isinstance(values[0], list)
     ]
+    if not present:
+        raise InputError("the logs hold no numbers: name the folders of trainings")
+    return wanted or numbers or list(present)
 
 
 # ------------------------------------------------------------------------------
@@ -128,7 +119,8 @@ def draw(runs: dict[str, Curves], keys: list[str], path: Path) -> None:
         with runtime.atomic(path) as temporary:
             figure.savefig(temporary, dpi=110)
     except ValueError as error:  # an ending that matplotlib does not know
-        raise InputError(f"--out {path}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"--out {path}: {reason}") from None
     finally:
         plt.close(figure)
 

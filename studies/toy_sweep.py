@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = runtime.Parser(__doc__)
     add = parser.add_argument
     add("--smoke", action="store_true", help="a few steps of everything, in seconds")
-    add("--seed", type=int, default=0, help="of all arms")
+    add("--seed", type=runtime.seed, default=0, help="of all arms")
     add("--out", type=Path, default=Path("runs/toy2d"), help="folder of arms and figures")
     add("--json", type=Path, help="file of the numbers, if not OUT/toy2d_sweep.json")
     args = parser.parse(argv)
@@ -252,7 +252,8 @@ def main(argv: list[str] | None = None) -> dict:
     curves = {r["arm"]["name"]: perturbation(r) for r in results[:4]}
     figures = figure3(found, VE.weight), figure4(curves)
     for number, figure in enumerate(figures, 3):
-        figure.savefig(args.out / f"toy2d_figure{number}.png", dpi=80)
+        with runtime.atomic(args.out / f"toy2d_figure{number}.png") as temporary:
+            figure.savefig(temporary, dpi=80)
         plt.close(figure)
     report = {
         "command": "python -m studies.toy_sweep", "date": time.strftime("%Y-%m-%d"),

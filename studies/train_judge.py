@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
 from data import Shapes
 from frozen import ShapesJudge
 from runtime import generator
@@ -85,8 +86,7 @@ def save(judge: ShapesJudge, path: Path) -> None:
     """Write its weights in half precision."""
     state = {name: value.half() if value.is_floating_point() else value
              for name, value in judge.state_dict().items()}
-    with runtime.atomic(path) as temporary:
-        torch.save(state, temporary)
+    checkpoints.save(state, path)
     parameters = sum(p.numel() for p in judge.parameters())
     print(f"wrote {path}: {parameters} parameters, {path.stat().st_size} bytes")
 
@@ -96,8 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = runtime.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("studies/judge.pt"),
                         help="file of the weights")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images")
+    parser.add_argument("--seed", type=runtime.seed, default=0, help="of weights and images")
     args = parser.parse(argv)
+    runtime.claim(runtime.start("cpu"), args.out.parent, args.out)
     judge = train(args.seed)
     report(judge, args.seed)
     save(judge, args.out)

@@ -2,7 +2,17 @@
 as published ones, and any other file is refused in one line."""
 
 import argparse
+import copy
 import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +23,15 @@ from torch.testing import assert_close
 
 import checkpoints
 import models
+import runtime
 from runtime import InputError
 from test_models import (
-    DEMO_LATENTS, GOLDEN, LIGHTNINGDIT_TINY, SMALL, SMALL_VIT, T, Y, arr, assert_golden, filled,
-    golden, tokenizer)
+    DEMO_LATENTS, GOLDEN, LIGHTNINGDIT_TINY, SIT_TINY, SMALL, SMALL_VIT, T, Y, arr, assert_golden,
+    filled, golden, tokenizer)
 
 LIGHTNINGDIT = models.DITS["demo"] | DEMO_LATENTS
 SIT = LIGHTNINGDIT | dict(family="sit", patch=2)
+CASES = int(os.environ.get("CASES", 35))
 
 
 def transformer(config: dict = LIGHTNINGDIT) -> models.DiT:
@@ -33,7 +45,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def write_tokenizer(path: Path, config: dict = SMALL, **changed: object) -> dict:
     """A checkpoint of ours, with a discriminator and a projection."""
     net = tokenizer(config, **changed)
-    state = {"kind": "tokenizer", "config": {"loss": "ve"}, "model_config": net.config, "step": 7,
+    optimizer = step_once(torch.optim.AdamW(net.parameters(), lr=0, fused=True))
+    state = {"kind": "tokenizer", "config": {"loss": "ve", "data": "shapes", "size": 8, "seed": 0},
+             "optimizer": optimizer.state_dict(), "model_config": net.config, "step": 7,
              "model": net.state_dict(), "discriminator": {"main.0.bias": arr("bias", 64)},
              "projection": {"weight": arr("projection", 6, 4, 1, 1)},
              "latent_mean": arr("mean", 4), "latent_std": arr("std", 4).exp()}
@@ -44,13 +58,30 @@ def write_tokenizer(path: Path, config: dict = SMALL, **changed: object) -> dict
 def write_dit(path: Path, config: dict = LIGHTNINGDIT) -> dict:
     """A checkpoint of ours whose averaged weights are those of a fresh network."""
     net, ema = transformer(config), models.build_dit(config)
-    state = {"kind": "dit", "config": {}, "model_config": net.config, "step": 9,
+    channels = config["in_channels"]
+    state = {"kind": "dit", "config": {"data": "shapes"}, "model_config": net.config, "step": 9,
              "model": net.state_dict(), "ema": ema.state_dict(), "ema_updates": 9,
-             "optimizers": [torch.optim.AdamW(net.parameters()).state_dict()],
-             "classes": ["circle", "square"], "latent_mean": arr("mean", 8),
-             "latent_std": arr("std", 8).exp(), "latent_shape": (8, 8, 8)}
+             "optimizers": [step_once(o).state_dict() for o in optimizers(net)],
+             "errors_by_t": arr("errors", 2, 10), "tokenizer": {"path": "t.pt", "sha256": "0"},
+             "classes": [f"class {i}" for i in range(10)], "latent_mean": arr("mean", channels),
+             "latent_std": arr("std", channels).exp(), "latent_shape": [channels, 8, 8]}
     checkpoints.save(state, path)
     return state
+
+
+def optimizers(net: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon of the matrices in the blocks, and AdamW of the rest, as in train_dit.py."""
+    matrices = [p for name, p in net.named_parameters() if "mlp.w" in name and p.ndim == 2]
+    rest = [p for p in net.parameters() if p.requires_grad and all(p is not m for m in matrices)]
+    return [torch.optim.AdamW(rest, lr=0, fused=True),
+            *(torch.optim.Muon(m, lr=0) for m in [matrices] if m)]
+
+
+def step_once(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = 1e-6 * torch.ones_like(p)
+    optimizer.step()
+    return optimizer
 
 
 def write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
@@ -92,7 +123,7 @@ def test_a_tokenizer_rebuilds_itself(tmp_path, config):
 def test_a_transformer_rebuilds_itself_with_its_averaged_weights(tmp_path):
     state = write_dit(tmp_path / "checkpoint.pt")
     net, file = checkpoints.load_dit(tmp_path / "checkpoint.pt")
-    assert net.config == state["model_config"] and file["classes"] == ["circle", "square"]
+    assert net.config == state["model_config"] and file["classes"] == state["classes"]
     same(net.state_dict(), state["ema"])
 
 
@@ -113,21 +144,31 @@ def test_a_published_tokenizer_loads(tmp_path, form):
     else:
         torch.save({"state_dict": state | company, "epoch": 3} if form == "state_dict"
                    else state | company, path)
-    net, file = checkpoints.load_tokenizer(path, SMALL)
+    net, file = checkpoints.load_tokenizer(path)
     same(net.state_dict(), state)
     assert net.learns_sigma and net.config == file["model_config"] and "latent_mean" not in file
+    # The level of attention is named by its size in an image of 256 pixels.
+    assert net.config == SMALL | dict(attn_resolutions=(128,), resolution=256,
+                                      noise="learned", sigma=0.0)
     parts = checkpoints.read_tokenizer_parts(path)
     same(parts["model"], state)
     same(parts["projection"], {"weight": company["linear_proj.weight"]})
     same(parts["discriminator"], {"main.0.bias": company["loss.discriminator.main.0.bias"]})
 
 
-@pytest.mark.parametrize("size", ["f16d16", "f16d32"])
-def test_a_published_tokenizer_tells_its_channels(size):
+@pytest.mark.parametrize("size, numbers, count", [
+    ("f8d4", 83_653_863, 248), ("f16d16", 69_610_963, 342), ("f16d32", 69_836_067, 342)])
+def test_a_published_tokenizer_tells_its_config(size, numbers, count):
+    """The published counts; the latents of Stable Diffusion have a known scale."""
     with torch.device("meta"):
         state = models.build_tokenizer(models.AUTOENCODERS[size]).state_dict()
-    file = checkpoints.from_vavae(state, Path("vavae.pt"))
+    assert sum(value.numel() for value in state.values()) == numbers and len(state) == count
+    file = checkpoints.from_ldm(state, Path("vavae.pt"))
     assert file["model_config"] == models.AUTOENCODERS[size]
+    assert ("latent_std" in file) == (size == "f8d4")
+    if size == "f8d4":
+        assert_close(0.18215 * file["latent_std"], torch.ones(4))
+        assert_close(file["latent_mean"], torch.zeros(4))
 
 
 @pytest.mark.parametrize("form", ["ema", "model", "bare", "safetensors"])
@@ -161,9 +202,8 @@ def test_a_published_transformer_tells_its_config(row):
 
 @golden
 @torch.no_grad()
-def test_golden_file_of_lightningdit(tmp_path, monkeypatch):
+def test_golden_file_of_lightningdit(tmp_path):
     """The published names, in a file, give the published velocity."""
-    monkeypatch.setitem(models.DITS, "tiny", dict(depth=2, width=64, heads=2))
     names = json.loads((GOLDEN / "lightningdit_tiny_keys.json").read_text())
     state = transformer(LIGHTNINGDIT_TINY).state_dict()
     torch.save({"ema": {name: state[name].reshape(shape) for name, shape in names.items()}},
@@ -183,6 +223,147 @@ def test_safetensors_are_those_of_the_package(tmp_path):
     same(package.load_file(tmp_path / "ours.safetensors"), state)
 
 
+# Names in LDM and in diffusers, from the documentation of both, and which level of
+# a decoder of two levels is which.
+DIFFUSERS = {
+    "encoder.conv_in.bias": "encoder.conv_in.bias",
+    "encoder.down.0.block.0.norm1.weight": "encoder.down_blocks.0.resnets.0.norm1.weight",
+    "encoder.down.1.block.0.nin_shortcut.bias":
+        "encoder.down_blocks.1.resnets.0.conv_shortcut.bias",
+    "encoder.down.0.downsample.conv.bias": "encoder.down_blocks.0.downsamplers.0.conv.bias",
+    "encoder.down.1.attn.0.norm.bias": "encoder.down_blocks.1.attentions.0.group_norm.bias",
+    "encoder.mid.attn_1.q.weight": "encoder.mid_block.attentions.0.to_q.weight",
+    "encoder.mid.attn_1.proj_out.bias": "encoder.mid_block.attentions.0.to_out.0.bias",
+    "encoder.mid.block_2.conv2.weight": "encoder.mid_block.resnets.1.conv2.weight",
+    "encoder.norm_out.weight": "encoder.conv_norm_out.weight",
+    "decoder.up.1.upsample.conv.bias": "decoder.up_blocks.0.upsamplers.0.conv.bias",
+    "decoder.up.0.block.1.conv1.bias": "decoder.up_blocks.1.resnets.1.conv1.bias",
+    "decoder.up.1.attn.1.k.weight": "decoder.up_blocks.0.attentions.1.to_k.weight",
+    "quant_conv.bias": "quant_conv.bias", "decoder.conv_out.weight": "decoder.conv_out.weight"}
+# One number of groups for all norms, as diffusers has it: 32 channels, 8 groups.
+EVEN = SMALL | dict(ch=32, ch_mult=(1, 1))
+
+
+def lightning(path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Lightning 1.x wrote: a class as a key, and objects of its own and others'."""
+    names = {"ModelCheckpoint": object, "AttributeDict": dict, "DictConfig": object}
+    module = types.ModuleType("pytorch_lightning.callbacks")
+    for name, base in names.items():
+        setattr(module, name, type(name, (base,), {"__module__": module.__name__}))
+    for name in ("pytorch_lightning", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    config = module.DictConfig()
+    config.metadata = Path("here"), np.float32(3)
+    torch.save({"state_dict": state, "epoch": 3, "pytorch-lightning_version": "1.4.2",
+                "callbacks": {module.ModelCheckpoint: {"best_model_score": np.float64(0.3)}},
+                "hyper_parameters": module.AttributeDict(lr=1e-4, config=config)}, path)
+    for name in ("pytorch_lightning", module.__name__):
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("form", ["ldm", "lightning", "first stage", "averaged", "half",
+                                  "diffusers", "old diffusers"])
+def test_forms_of_published_tokenizers(tmp_path, monkeypatch, form, suffix):
+    state, path = dict(tokenizer(SMALL).state_dict()), tmp_path / f"file{suffix}"
+    expected, written = dict(state), state
+    if form == "first stage":
+        written = {f"first_stage_model.{k}": v for k, v in state.items()} | {
+            "model.diffusion_model.out.0.weight": torch.zeros(3), "betas": torch.zeros(9),
+            "model_ema.diffusion_modelout0weight": torch.zeros(3)}
+    elif form == "averaged":
+        written = {k: 0 * v for k, v in state.items()} | {"model_ema.decay": torch.tensor(0.9)} | {
+            f"model_ema.{k.replace('.', '')}": v for k, v in state.items()}
+    elif form == "half":
+        written = {k: v.half() for k, v in state.items()}
+        expected = {k: v.float() for k, v in written.items()}
+    elif "diffusers" in form:
+        written = checkpoints.to_diffusers(
+            write_tokenizer(tmp_path / "ours.pt", EVEN), tmp_path / "ours.pt")[0]
+        (tmp_path / "config.json").write_text('{"norm_num_groups": 8}')
+        expected = dict(tokenizer(EVEN).state_dict())
+    if form == "old diffusers":
+        for old, new in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"),
+                         ("to_out.0", "proj_attn")):
+            written = {k.replace(old, new): v for k, v in written.items()}
+    if suffix == ".safetensors":
+        write_safetensors(path, written)
+    elif form == "lightning":
+        lightning(path, written, monkeypatch)
+    else:
+        torch.save(written, path)
+    net, _ = checkpoints.load_tokenizer(path)
+    same(net.state_dict(), expected)
+
+
+def test_names_in_diffusers(tmp_path):
+    found, config = checkpoints.to_diffusers(
+        write_tokenizer(tmp_path / "a.pt", EVEN), tmp_path / "a.pt")
+    state = tokenizer(EVEN).state_dict()
+    assert len(found) == len(state)
+    for ours, theirs in DIFFUSERS.items():
+        if ours in state:      # equal widths need no shortcut
+            assert_close(found[theirs].flatten(), state[ours].flatten(), rtol=0, atol=0)
+    for ours, theirs in DIFFUSERS.items():
+        assert checkpoints.rename(ours, checkpoints.NAMES, 2) == theirs
+    assert found["encoder.mid_block.attentions.0.to_q.weight"].shape == (32, 32)   # linear
+    assert config["norm_num_groups"] == 8 and config["block_out_channels"] == [32, 32]
+    assert config["down_block_types"] == ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+    assert config["up_block_types"] == ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"]
+
+
+def test_statistics_in_diffusers(tmp_path):
+    """SDXL's autoencoder is that of Stable Diffusion 1, but its scale is another."""
+    with torch.device("meta"):
+        row = models.AUTOENCODERS["f8d4"]
+        state = models.build_tokenizer(row).state_dict()
+    state = {checkpoints.rename(k, checkpoints.NAMES, 4): v for k, v in state.items()}
+    file, about = tmp_path / "model.safetensors", tmp_path / "config.json"
+    assert_close(checkpoints.from_ldm(state, file)["latent_std"], torch.full((4,), 1 / 0.18215))
+    about.write_text('{"scaling_factor": 0.5}')
+    assert_close(checkpoints.from_ldm(state, file)["latent_std"], torch.full((4,), 2.0))
+    about.write_text('{"scaling_factor": 1, "latents_mean": [1, 2, 3, 4], "latents_std": [5]}')
+    assert checkpoints.from_ldm(state, file)["latent_mean"].tolist() == [1, 2, 3, 4]
+    for broken in ('{"scaling_factor": "x"}', '{"scaling_factor": 0}', '{"latents_std": "x"}'):
+        about.write_text(broken)
+        refusal(checkpoints.from_ldm, state, file)
+
+
+def test_norms_of_other_groups_are_refused(tmp_path):
+    """LDM's norms have 32 groups, and those of 64 channels would here have 16."""
+    state = tokenizer(SMALL | dict(ch=64)).state_dict()
+    torch.save(state, tmp_path / "ldm.pt")
+    assert "norms of 32 groups" in refusal(checkpoints.load_tokenizer, tmp_path / "ldm.pt")
+    write_tokenizer(tmp_path / "ours.pt", EVEN)
+    checkpoints.main(["export", str(tmp_path / "ours.pt"), "--to", "diffusers", str(tmp_path)])
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    checkpoints.load_tokenizer(file)
+    (tmp_path / "config.json").write_text('{"norm_num_groups": 32}')
+    assert "norms of 32 groups" in refusal(checkpoints.load_tokenizer, file)
+
+
+@pytest.mark.parametrize("config", [EVEN, EVEN | dict(noise="gaussian", sigma=0.2)])
+@torch.no_grad()
+def test_diffusers_loads_what_is_exported(tmp_path, config):
+    """diffusers itself is the oracle; `make test` installs it."""
+    diffusers = pytest.importorskip("diffusers")
+    state = write_tokenizer(tmp_path / "run/checkpoint.pt", config)
+    checkpoints.main(["export", str(tmp_path / "run"), "--to", "diffusers", str(tmp_path / "out")])
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out").eval()
+    net, x, z = tokenizer(config), arr("x", 2, 3, 16, 16), arr("z", 2, 4, 8, 8)
+    posterior, (mean, logvar) = theirs.encode(x).latent_dist, net.posterior(x)
+    assert_close(posterior.mean, mean, rtol=1e-5, atol=1e-5)
+    assert_close(posterior.logvar, logvar, rtol=1e-5, atol=1e-5)
+    assert_close(theirs.decode(z).sample, net.decode(z), rtol=1e-5, atol=1e-5)
+    assert_close(torch.tensor(theirs.config.latents_mean), state["latent_mean"])
+    assert_close(torch.tensor(theirs.config.latents_std), state["latent_std"])
+    theirs.save_pretrained(tmp_path / "again")
+    back, file = checkpoints.load_tokenizer(tmp_path / "again/diffusion_pytorch_model.safetensors")
+    assert_close(back.decode(z), net.decode(z), rtol=0, atol=0)
+    for name in ("latent_mean", "latent_std"):
+        assert_close(file[name], state[name])
+
+
 # ------------------------------------------------------------------------------
 # Exports.
 
@@ -194,8 +375,8 @@ def exported(run: Path, form: str) -> Path:
 
 
 def assert_statistics(file: Path, state: dict) -> None:
-    """What LightningDiT reads beside the weights: [1, C, 1, 1]."""
-    found = torch.load(file.with_name("latents_stats.pt"), weights_only=True)
+    """What LightningDiT reads beside its latents: [1, C, 1, 1]."""
+    found = torch.load(file.with_name("weights-latents_stats.pt"), weights_only=True)
     assert {*found} == {"mean", "std"} and found["std"].shape[2:] == (1, 1)
     assert_close(found["mean"].flatten(), state["latent_mean"], rtol=0, atol=0)
     assert_close(found["std"].flatten(), state["latent_std"], rtol=0, atol=0)
@@ -215,7 +396,7 @@ def test_export_of_a_tokenizer_and_back(tmp_path):
 @torch.no_grad()
 def test_export_makes_other_noise_a_constant_log_variance(tmp_path, noise, std):
     write_tokenizer(tmp_path / "checkpoint.pt", noise=noise, sigma=0.2)
-    net, _ = checkpoints.load_tokenizer(exported(tmp_path / "checkpoint.pt", "vavae"), SMALL)
+    net, _ = checkpoints.load_tokenizer(exported(tmp_path / "checkpoint.pt", "vavae"))
     mean, logvar = net.posterior(arr("x", 1, 3, 8, 8))
     assert_close((logvar / 2).exp(), torch.full_like(logvar, std), rtol=1e-4, atol=0)
     assert_close(mean, tokenizer(SMALL).posterior(arr("x", 1, 3, 8, 8))[0], rtol=0, atol=0)
@@ -238,18 +419,61 @@ def test_export_of_a_transformer_and_back(tmp_path, form, config):
     assert_close(net(*inputs), transformer(config)(*inputs))
 
 
+def test_exports_keep_their_statistics_apart(tmp_path, capsys):
+    one, two = write_tokenizer(tmp_path / "t.pt"), write_dit(tmp_path / "d.pt")
+    for form, source, name in (("vavae", "t.pt", "vavae.pt"), ("lightningdit", "d.pt", "dit.pt")):
+        checkpoints.main(["export", str(tmp_path / source), "--to", form, str(tmp_path / name)])
+    for name, state in (("vavae", one), ("dit", two)):
+        found = checkpoints.read(tmp_path / f"{name}-latents_stats.pt")
+        assert_close(found["std"].flatten(), state["latent_std"], rtol=0, atol=0)
+    assert "only this project builds it" in capsys.readouterr().out
+    write_tokenizer(tmp_path / "full.pt", SMALL | dict(ch=128, ch_mult=(1,)))
+    checkpoints.main(["export", str(tmp_path / "full.pt"), "--to", "vavae", str(tmp_path / "v.pt")])
+    assert "only this project" not in capsys.readouterr().out
+
+
+def test_a_transformer_finds_its_tokenizer(tmp_path, monkeypatch):
+    """Beside itself, in the folder beside, where it was; and only the very same file."""
+    monkeypatch.chdir(tmp_path)
+    dit = Path("runs/dit/checkpoint.pt")
+    state = write_dit(dit)
+    assert "give --tokenizer" in refusal(checkpoints.tokenizer_of, dit, {})
+    old = Path("elsewhere/tokenizer/checkpoint.pt")
+    write_tokenizer(old)
+    state["tokenizer"] = {"path": str(old), "sha256": runtime.file_sha256(old)}
+    assert checkpoints.tokenizer_of(dit, state) == old
+    beside = Path("runs/tokenizer/checkpoint.pt")
+    beside.parent.mkdir()
+    old.rename(beside)
+    assert checkpoints.tokenizer_of(dit, state).samefile(beside)
+    monkeypatch.chdir("runs/dit")                     # from wherever it is run
+    dit, beside = Path("checkpoint.pt"), Path("../tokenizer/checkpoint.pt")
+    assert checkpoints.tokenizer_of(dit, state).samefile(beside)
+    for name in ("named.pt", "checkpoint.pt"):        # and the DiT is no tokenizer
+        state["tokenizer"]["path"] = f"/nowhere/{name}"
+        message = refusal(checkpoints.tokenizer_of, dit, state)
+        assert f"nor at /nowhere/{name}: give --tokenizer" in message
+    state["tokenizer"]["path"] = "/nowhere/named.pt"
+    beside.rename("named.pt")
+    assert checkpoints.tokenizer_of(dit, state).samefile("named.pt")
+    write_tokenizer(Path("named.pt"), noise="none")
+    assert "is not the tokenizer of checkpoint.pt" in refusal(
+        checkpoints.tokenizer_of, dit, state)
+
+
 def test_show_names_every_entry(tmp_path, capsys):
     state = write_dit(tmp_path / "checkpoint.pt")
     checkpoints.main(["show", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(state)
+    named = [line for line in lines[1:] if line[0] != " "]
+    assert [line.split()[0] for line in named] == list(state)
     assert len(lines[0].split()[-1]) == 64                       # the sha256
     numbers = sum(value.numel() for value in state["model"].values())
     assert f"model          {len(state['model'])} tensors, {numbers:,} numbers" in lines
-    assert "classes        ['circle', 'square']" in lines
+    assert lines[lines.index("classes        10") + 4] == "             3 class 3"
     with pytest.raises(SystemExit):
         checkpoints.main(["show", str(tmp_path / "nothing.pt")])
-    assert capsys.readouterr().err.endswith("nothing.pt is not a file: give a checkpoint\n")
+    assert capsys.readouterr().err.endswith("nothing.pt is not a file: name one\n")
 
 
 # ------------------------------------------------------------------------------
@@ -264,7 +488,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     torch.save({"model": torch.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:700])
     assert "damaged" in refusal(load, path)
-    for content in ({"model": nn.Linear(2, 2)}, [1, 2]):   # the first could run code
+    for content in ([("kind", "tokenizer")], torch.zeros(4, 2), "text", nn.Linear(2, 2)):
         torch.save(content, path)
         assert "no dict of tensors" in refusal(load, path)
     broken = tmp_path / "broken.safetensors"
@@ -280,7 +504,7 @@ def test_a_wrong_kind_and_an_older_version(tmp_path):
     assert 'holds a "tokenizer", not a "dit"' in refusal(checkpoints.load_dit, ours)
     del state["model_config"]["noise"]
     checkpoints.save(state, ours)
-    for read in (checkpoints.load_tokenizer, checkpoints.read, checkpoints.read_tokenizer_parts):
+    for read in (checkpoints.load_tokenizer, checkpoints.read_tokenizer_parts):
         assert "older version: train it again" in refusal(read, ours)
 
 
@@ -290,7 +514,7 @@ def test_tensors_that_do_not_fit(tmp_path):
     state["encoder.mid.attn_2.q.bias"] = torch.zeros(3)
     state["quant_conv.weight"] = torch.zeros(8, 7, 1, 1)
     torch.save(state, tmp_path / "vavae.pt")
-    message = refusal(checkpoints.load_tokenizer, tmp_path / "vavae.pt", SMALL)
+    message = refusal(checkpoints.load_tokenizer, tmp_path / "vavae.pt")
     for name in ("decoder.mid.attn_1.q.bias", "encoder.mid.attn_2.q.bias", "quant_conv.weight"):
         assert name in message
 
@@ -298,8 +522,8 @@ def test_tensors_that_do_not_fit(tmp_path):
 def test_transformers_that_are_not_known(tmp_path):
     path, state = tmp_path / "dit.pt", dict(transformer().state_dict())
     torch.save({k: v for k, v in state.items() if "rope" not in k}, path)
-    assert "freqs_cos" in refusal(checkpoints.load_dit, path)    # use_rope: false
-    torch.save(transformer(LIGHTNINGDIT_TINY).state_dict(), path)
+    assert "use_rope: false" in refusal(checkpoints.load_dit, path)
+    torch.save(transformer(SIT_TINY).state_dict(), path)
     assert "(2, 64) is not known" in refusal(checkpoints.load_dit, path)
     torch.save(tokenizer(SMALL).state_dict(), path)
     assert "'x_embedder.proj.weight' is not known" in refusal(checkpoints.load_dit, path)
@@ -311,6 +535,9 @@ def test_transformers_that_are_not_known(tmp_path):
     (["dit.pt", "--to", "sit", "out.pt"], "only --to lightningdit"),
     (["bare.pt", "--to", "lightningdit", "out.pt"], "published file already"),
     (["dit.pt", "--to", "png", "out.pt"], "give --to vavae"),
+    (["tokenizer.pt", "--to", "diffusers", "out.pt"], "one number for all"),
+    (["vit.pt", "--to", "diffusers", "out.pt"], "holds a ViT"),
+    (["dit.pt", "--to", "diffusers", "out.pt"], 'holds a "dit", not a "tokenizer"'),
     (["dit.pt"], "give --to vavae")])
 def test_exports_that_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -323,3 +550,307 @@ def test_exports_that_are_refused(tmp_path, monkeypatch, capsys, arguments, mess
     error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(error) == 1 and message in error[0]
     assert not Path("out.pt").exists()
+
+
+# ------------------------------------------------------------------------------
+# Damage.  A file either loads and is what it was, or is refused in one line.
+
+
+TINY_TOKENIZER = SMALL_VIT | dict(depth=1)     # which has few tensors
+
+
+def outcome(path: Path, kind: str) -> list[Tensor]:
+    """What a network of the file answers, and all that a run would go on with."""
+    with torch.no_grad():
+        if kind == "tokenizer":
+            net, _ = checkpoints.load_tokenizer(path)
+            answers = [*net(arr("x", 1, 3, 8, 8), arr("eps", 1, 4, 4, 4), torch.ones(1))]
+        else:
+            net, _ = checkpoints.load_dit(path)
+            answers = [net(arr("x_t", 2, 16, 8, 8), T, Y)]
+    state = checkpoints.read(path, kind, resume=True)
+    if kind == "tokenizer":
+        parts = {"model": tokenizer(TINY_TOKENIZER)}
+        parts["optimizer"] = torch.optim.AdamW(parts["model"].parameters(), lr=0, fused=True)
+        steppers = [parts["optimizer"]]
+    else:
+        nets = {name: transformer(LIGHTNINGDIT_TINY) for name in ("model", "ema")}
+        parts = nets | {"errors_by_t": torch.zeros(2, 10)}
+        parts["optimizers"] = steppers = optimizers(parts["model"])
+    checkpoints.restore(state, path, **parts)
+    moments = [value for optimizer in steppers for values in step_once(optimizer).state.values()
+               for value in values.values()]
+    return [*answers, *parts["model"].state_dict().values(), *moments,
+            parts.get("errors_by_t", torch.zeros(1))]
+
+
+def leaves(value: object) -> list:
+    """All that nested containers hold, in order, and their keys."""
+    if torch.is_tensor(value):
+        return [value.numpy().tobytes()]
+    value = [*value.items()] if isinstance(value, dict) else value
+    return sum(map(leaves, value), []) if isinstance(value, (list, tuple)) else [value]
+
+
+def flipped(raw: bytes, draw: random.Random) -> bytes:
+    """Up to 64 bits, at random places or all near one."""
+    raw, count = bytearray(raw), draw.choice([1, 8, 64])
+    near = draw.randrange(len(raw))
+    for _ in range(count):
+        place = draw.choice([draw.randrange(len(raw)), (near + draw.randrange(64)) % len(raw)])
+        raw[place] ^= 1 << draw.randrange(8)
+    return bytes(raw)
+
+
+def retyped(state: dict, draw: random.Random) -> dict:
+    """A copy in which one entry, at any depth, is missing or has another type."""
+    state = node = copy.deepcopy(state)
+    while True:
+        keys = [*node] if isinstance(node, dict) else [*range(len(node))]
+        key = draw.choice(keys)
+        inside = node[key]
+        if not isinstance(inside, (dict, list)) or not inside or draw.random() < 0.3:
+            break
+        node = inside
+    if isinstance(node, dict) and draw.random() < 0.3:
+        del node[key]
+    else:
+        others = [None, "text", -3, 2.5, [], {}, (1, "a"), torch.zeros(3), torch.tensor(torch.nan),
+                  b"raw", {1: 2}, True, torch.zeros(2, 2, dtype=torch.complex64), "inf", 10**30]
+        if torch.is_tensor(inside):
+            others += [inside.long(), inside.to(torch.float64) * 1e300, inside[None],
+                       torch.full_like(inside, torch.inf) if inside.is_floating_point() else None]
+        node[key] = draw.choice(others)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "dit"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "retype"])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path, capfd, recwarn, kind, damage):
+    path, draw = tmp_path / "checkpoint.pt", random.Random(7)
+    write = {"tokenizer": write_tokenizer, "dit": write_dit}[kind]
+    state = write(path, TINY_TOKENIZER if kind == "tokenizer" else LIGHTNINGDIT_TINY)
+    raw, expected, refused = path.read_bytes(), outcome(path, kind), 0
+    for _ in range(CASES):
+        if damage == "retype":
+            torch.save(retyped(state, draw), path)
+        else:
+            path.write_bytes(flipped(raw, draw) if damage == "flip"
+                             else raw[:draw.randrange(len(raw))])
+        try:
+            found = outcome(path, kind)
+        except InputError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refused += 1
+        else:
+            assert len(found) == len(expected)
+            for a, b in zip(found, expected):
+                assert torch.equal(a, b)
+            if damage == "flip":   # what has another value of the right type cannot be seen
+                assert leaves(checkpoints.read(path)) == leaves(state)
+    assert refused > CASES / 2 and capfd.readouterr() == ("", "") and not recwarn.list
+
+
+@pytest.mark.parametrize("name, value", [
+    ("arch", "mlp"), ("arch", None), ("ch", "16"), ("ch", 16.0), ("ch", True), ("ch", -16),
+    ("ch", 10**30), ("ch_mult", 2), ("ch_mult", [1, 2]), ("ch_mult", (1, "2")), ("ch_mult", ()),
+    ("ch_mult", (1, 2, 2)), ("num_res_blocks", 10**9), ("attn_resolutions", None),
+    ("z_channels", 5), ("noise", "loud"), ("noise", 3), ("sigma", torch.nan), ("sigma", "0.2"),
+    ("sigma", -1.0), ("other", 1), ("ch", ...), ("arch", ...), ("noise", ...)])
+def test_configs_of_no_network(tmp_path, name, value):
+    path = tmp_path / "checkpoint.pt"
+    state = write_tokenizer(path, SMALL | dict(noise="fixed", sigma=0.2))
+    config = {k: v for k, v in state["model_config"].items() if k != name}
+    state["model_config"] = config if value is ... else config | {name: value}
+    checkpoints.save(state, path)
+    refusal(checkpoints.load_tokenizer, path)
+
+
+def test_numbers_and_bools():
+    good = [(3, int), (0, int), (3, float), (0.5, float), ((1,), tuple[int, ...]), (True, bool)]
+    bad = [(True, int), (-1, int), (3.0, int), ("3", int), (True, float), (-0.5, float), (1, bool),
+           (torch.nan, float), (torch.inf, float), (None, float), ([1], tuple[int, ...])]
+    assert all(checkpoints.fits(*pair) for pair in good)
+    assert not any(checkpoints.fits(*pair) for pair in bad)
+
+
+@pytest.mark.parametrize("kind, name, value", [
+    ("dit", "latent_mean", torch.zeros(15)), ("dit", "latent_std", torch.full((16,), torch.nan)),
+    ("dit", "latent_std", torch.zeros(1, 16)), ("tokenizer", "latent_mean", [0.0] * 4),
+    ("dit", "classes", [1, 2]), ("dit", "tokenizer", {"path": 3}), ("dit", "config", {"data": 3}),
+    ("tokenizer", "config", {"size": "8"}), ("tokenizer", "config", {"seed": -1}),
+    ("tokenizer", "step", True), ("dit", "errors_by_t", torch.zeros(10)),
+    ("dit", "errors_by_t", torch.full((2, 10), torch.nan)), ("dit", "optimizers", [{}]),
+    ("dit", "model.pos_embed", torch.zeros(1, 64, 64).long()),
+    ("dit", "model.pos_embed", torch.zeros(1, 64, 64, dtype=torch.complex64)),
+    ("tokenizer", "optimizer.state.0.exp_avg", torch.zeros(1)),
+    ("tokenizer", "optimizer.state.0.exp_avg_sq", ...),
+    ("dit", "optimizers.0.state.0.step", torch.zeros(3)),
+    ("dit", "optimizers.0.param_groups.0.betas", (0.5, 0.9)),
+    ("dit", "optimizers.1.state.0.momentum_buffer", torch.full((256, 64), torch.inf)),
+    ("tokenizer", "optimizer.param_groups.0.params", [0])])
+def test_entries_that_do_not_fit(tmp_path, kind, name, value):
+    path = tmp_path / "checkpoint.pt"
+    state = (write_tokenizer(path, TINY_TOKENIZER) if kind == "tokenizer"
+             else write_dit(path, LIGHTNINGDIT_TINY))
+    first, *others = name.split(".", 1)
+    node, keys = state, [first, *(others[0].split(".") if first != "model" and others else others)]
+    for key in keys[:-1]:
+        node = node[int(key) if key.isdigit() else key]
+    if value is ...:
+        del node[keys[-1]]
+    else:
+        assert keys[-1] in node
+        node[keys[-1]] = value
+    checkpoints.save(state, path)
+    refusal(outcome, path, kind)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "dit"])
+def test_a_run_goes_on_with_what_it_had(tmp_path, kind):
+    path = tmp_path / "checkpoint.pt"
+    state = (write_tokenizer(path, TINY_TOKENIZER) if kind == "tokenizer"
+             else write_dit(path, LIGHTNINGDIT_TINY))
+    found = checkpoints.read(path, kind, resume=True)
+    net = (models.build_tokenizer if kind == "tokenizer" else models.build_dit)(
+        state["model_config"])
+    parts = {"model": net}
+    if kind == "tokenizer":
+        parts["optimizer"] = torch.optim.AdamW(net.parameters(), lr=0, fused=True)
+    else:
+        parts |= {"optimizers": optimizers(net), "errors_by_t": torch.zeros(2, 10)}
+    checkpoints.restore(found, path, **parts)
+    same(net.state_dict(), state["model"])
+    if kind == "tokenizer":
+        assert leaves(parts["optimizer"].state_dict()) == leaves(state["optimizer"])
+    else:
+        same({"": parts["errors_by_t"]}, {"": state["errors_by_t"]})
+        assert leaves([o.state_dict() for o in parts["optimizers"]]) == leaves(state["optimizers"])
+    with pytest.raises(InputError, match="its disc_optimizer does not fit"):
+        checkpoints.restore(found, path, disc_optimizer=torch.optim.AdamW(net.parameters()))
+    other = torch.optim.AdamW(net.parameters(), lr=0, betas=(0.5, 0.9), fused=True)
+    found["optimizers"] = [found.get("optimizer", found.get("optimizers", [0])[0])]
+    with pytest.raises(InputError, match="cannot go on"):
+        checkpoints.restore(found, path, optimizers=[other])
+    for name in {*checkpoints.ENTRIES[kind]} - {"model_config", "model", "step"}:
+        checkpoints.save({k: v for k, v in state.items() if k != name}, path)
+        checkpoints.read(path, kind)
+        assert f": {name} missing" in refusal(checkpoints.read, path, kind, True)
+
+
+def test_what_the_disk_refuses_is_one_line(tmp_path, monkeypatch):
+    """PyTorch's writer raises RuntimeError.  The old file stays whole."""
+    path, state = tmp_path / "checkpoint.pt", {"a": torch.zeros(30_000), "b": 1}
+    checkpoints.save({"old": 1}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (0, 700, 60_000, 119_000):   # the whole has about 121,000 bytes
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            assert f"{path} cannot be written (File too large)" in refusal(
+                checkpoints.save, state, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert checkpoints.read(path) == {"old": 1} and [*tmp_path.iterdir()] == [path]
+    with pytest.raises((pickle.PicklingError, AttributeError)):     # a bug keeps its traceback
+        checkpoints.save({"a": lambda: 1}, path)
+    def broken(*_):
+        raise RuntimeError("a bug")
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        checkpoints.save(state, path)
+
+
+def test_equal_states_are_equal_files(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        checkpoints.save({"x": arr("x", 100), "n": 3}, tmp_path / name)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    for name in ("pipe.pt", "pipe.safetensors", "nothing.pt", ""):
+        assert "is not a file" in refusal(checkpoints.read, tmp_path / name)
+    assert "is not a file" in refusal(checkpoints.read_safetensors, tmp_path / "pipe.safetensors")
+
+
+def test_numbers_that_are_not_finite_are_not_loaded(tmp_path):
+    path, state = tmp_path / "dit.pt", dict(transformer().state_dict())
+    for value in (torch.nan, torch.inf, -torch.inf):
+        state["final_layer.linear.bias"] = torch.tensor([value, *[0.0] * 7])
+        torch.save(state, path)
+        assert "final_layer.linear.bias has NaN or infinite numbers" in refusal(
+            checkpoints.load_dit, path)
+    state["final_layer.linear.bias"] = torch.full((8,), 1e300, dtype=torch.float64)
+    torch.save(state, path)
+    assert "NaN or infinite" in refusal(checkpoints.load_dit, path)     # they are in float32
+
+
+# A header, the data behind it, and what is wrong.
+ROW = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+NEXT = ROW | {"data_offsets": [8, 16]}
+
+
+@pytest.mark.parametrize("header, data", [
+    ({"a": ROW}, 7), ({"a": ROW}, 9), ({"a": ROW, "b": NEXT}, 8), ({"a": NEXT}, 16),
+    ({"a": ROW, "b": ROW | {"data_offsets": [4, 12]}}, 12), ({"a": ROW, "b": ROW}, 8),
+    ({"a": ROW | {"data_offsets": [8, 0]}}, 8), ({"a": ROW | {"data_offsets": [-8, 0]}}, 0),
+    ({"a": ROW | {"data_offsets": [0.0, 8.0]}}, 8), ({"a": ROW | {"data_offsets": "08"}}, 8),
+    ({"a": ROW | {"data_offsets": [0, 1 << 62]}}, 8), ({"a": ROW | {"shape": [3]}}, 8),
+    ({"a": ROW | {"shape": [-1]}}, 8), ({"a": ROW | {"shape": [-1, -2]}}, 8),
+    ({"a": ROW | {"shape": "2"}}, 8), ({"a": ROW | {"shape": None}}, 8),
+    ({"a": ROW | {"dtype": "F31"}}, 8), ({"a": ROW | {"dtype": ["F32"]}}, 8),
+    ({"a": {"dtype": "F32"}}, 8), ({"a": [0, 8]}, 8), ([], 0), ("a", 0), (3, 0),
+    ('{"a": %s, "a": %s}' % (json.dumps(ROW), json.dumps(ROW)), 8),
+    ('{"a": %s' % json.dumps(ROW), 8), ("[" * 100_000, 0), ("\xff\xfe", 0), ("", 0)])
+def test_damaged_safetensors(tmp_path, header, data):
+    path = tmp_path / "a.safetensors"
+    text = (header if isinstance(header, str) else json.dumps(header)).encode("latin1")
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
+    assert f"{path} is damaged" in refusal(checkpoints.read, path)
+
+
+def test_absurd_lengths_of_safetensors(tmp_path):
+    path, good = tmp_path / "a.safetensors", json.dumps({"a": ROW}).encode()
+    for length in (0, 1, len(good) + 1, 1 << 40, (1 << 64) - 1):
+        path.write_bytes(length.to_bytes(8, "little") + good + bytes(8))
+        assert "damaged" in refusal(checkpoints.read, path)
+    for raw in (b"", b"abc", bytes(8)):
+        path.write_bytes(raw)
+        assert "damaged" in refusal(checkpoints.read, path)
+    path.write_bytes(len(good).to_bytes(8, "little") + good + bytes(8))
+    same(checkpoints.read(path), {"a": torch.zeros(2)})
+
+
+class Evil:
+    """Its pickle runs a command where it is read."""
+    def __init__(self, *call: object) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("place", ["whole", "entry", "key", "tensors"])
+def test_no_file_runs_code(tmp_path, legacy, place):
+    mark = tmp_path / "mark"
+    calls = [(os.system, f"touch {mark}"), (exec, f"open({str(mark)!r}, 'w')"),
+             (eval, f"open({str(mark)!r}, 'w')"), (Path.touch, mark), (os.mkfifo, str(mark)),
+             (torch.save, {}, str(mark)), (shutil.copy, __file__, str(mark))]
+    for call in calls:
+        evil = Evil(*call)
+        state = {"whole": evil, "entry": {"state_dict": {}, "evil": evil}, "key": {evil: 1},
+                 "tensors": {"state_dict": evil}}[place]
+        path = tmp_path / "evil.pt"
+        torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+        refusal(checkpoints.load_tokenizer, path)
+        refusal(checkpoints.load_dit, path)
+        path.write_bytes(pickle.dumps(state))
+        refusal(checkpoints.load_tokenizer, path)
+        assert not mark.exists()
+        pickle.loads(path.read_bytes())     # which does what it says
+        assert mark.exists()
+        mark.unlink()

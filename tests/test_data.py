@@ -1,25 +1,45 @@
 """Data: the shapes, the ADM crop against a slow oracle, the order of batches, files
 that cannot be read, arrays of an .npz, and the cache of latents."""
 
+import gc
 import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import struct
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import data
 import numpy as np
 import pytest
+import runtime
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from runtime import InputError
+from studies import cifar_subset
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 from torch.testing import assert_close
 
 EXACT = {"rtol": 0, "atol": 0}
+FORK = torch.multiprocessing.get_context("fork")
+SUBSET = Path(__file__).parents[1] / "../shared/data/cifar10_subset.tar.gz"
+
+
+@pytest.fixture(autouse=True)
+def locks_end_with_a_test():
+    yield
+    runtime.finish()
 
 
 def noise(height, width, seed: int = 0) -> Image.Image:
@@ -66,10 +86,19 @@ def one_line(function, *args, **keywords) -> str:
 def test_rounding_to_bytes():
     # 127.5 (x + 1) is 0 at -1, 255 at 1, 127.5 at 0 (to even: 128), 102 at -0.2, and
     # 191.25 at 0.5.
-    x = torch.tensor([-1, 1, 0, -0.2, 0.5, 0.502, 1.5, -7, float("inf")])
-    assert data.to_uint8(x).tolist() == [0, 255, 128, 102, 191, 192, 255, 0, 255]
+    x = torch.tensor([-1, 1, 0, -0.2, 0.5, 0.502, 1.5, -7])
+    assert data.to_uint8(x).tolist() == [0, 255, 128, 102, 191, 192, 255, 0]
     every = torch.arange(256, dtype=torch.uint8)
     assert_close(data.to_uint8(data.from_uint8(every)), every, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_image_that_is_not_finite_is_no_image(value, dtype):
+    x = torch.zeros(2, 3, 4, 4, dtype=dtype)
+    assert (data.to_uint8(x) == 128).all()
+    x[1, 2, 3, 3] = value
+    assert "NaN or infinity" in one_line(data.to_uint8, x)
 
 
 def test_hash_is_splitmix64():
@@ -267,7 +296,7 @@ def damage(root: Path) -> set[str]:
     (root / "bb/zzz.jpg").write_bytes(whole[:len(whole) // 2])
     (root / "a/000.png").write_bytes(b"")
     (root / "a/003.png").write_bytes(b"this is a page of text, not an image\n" * 20)
-    noise(8, 8).save(root / "bb/004.png", "GIF")   # a format that was not asked for
+    noise(8, 8).save(root / "bb/004.png", "PPM")   # a format that was not asked for
     names = "a/000.png", "a/003.png", "bb/004.png", "bb/zzz.jpg"
     return {str(root / name) for name in names}
 
@@ -292,6 +321,144 @@ def test_unreadable_files_are_named_and_left_out(tmp_path, workers):
         assert_close(a["x"], b["x"][kept], **EXACT)
 
 
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    """A PNG of this size, and of colour, with these chunks."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in (head, *chunks, b"IEND"))
+
+
+def snare(path: Path, kind: str) -> None:
+    """What is named as an image, and would hang, fill the memory, or run a program."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            here = os.getcwd()
+            os.chdir(path.parent)   # as a socket's path may have 107 bytes at most
+            server.bind(path.name)
+            os.chdir(here)
+    elif kind == "folder":
+        path.symlink_to(path.parent)
+    elif kind == "gone":
+        path.symlink_to("nowhere")
+    elif kind == "wide":
+        Image.new("RGB", (8 * data.ASPECT + 1, 8)).save(path)
+    elif kind == "tall":
+        Image.new("1", (1, 2_000_000)).save(path)
+    elif kind == "large":
+        Image.new("1", (8001, 8000)).save(path)   # 64 million and 8000 pixels
+    elif kind == "bomb":
+        path.write_bytes(png(10_000, 10_000, b"IDAT"))   # of which Pillow warns
+    elif kind == "huge":
+        path.write_bytes(png(2**31 - 1, 2**31 - 1, b"IDAT"))   # which it refuses
+    elif kind == "text":   # 100 MB of it
+        packed = b"zTXtkey\0\0" + zlib.compress(bytes(100_000_000))
+        path.write_bytes(png(8, 8, packed, b"IDAT" + zlib.compress(bytes(8 * 25))))
+
+
+SNARES = ("pipe", "device", "socket", "gone", "wide", "tall", "large", "bomb", "huge", "text")
+
+
+@pytest.mark.parametrize("kind", SNARES)
+def test_an_image_that_would_hang_or_fill_the_memory_is_left_out(tmp_path, kind):
+    folder = make_folder(tmp_path, {"a": 2})
+    snare(tmp_path / "a/009.png", kind)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for size in (8, None):   # without a size their headers are read first
+            part, = data.once(data.open_images(folder, size), 4)
+            assert part["index"].tolist() == [0, 1]
+            assert part["skipped"] == [str(tmp_path / "a/009.png")]
+    assert not said
+
+
+def test_images_at_the_bounds_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIXELS", 16 * 800)
+    Image.new("RGB", (16, 16 * data.ASPECT)).save(tmp_path / "0.png")   # 12,800 pixels
+    assert data.open_dataset(str(tmp_path), 8, "train")[0][0].shape == (3, 8, 8)
+    monkeypatch.setattr(data, "PIXELS", 16 * 800 - 1)
+    assert "0.png" in one_line(data.open_dataset(str(tmp_path), 8, "train").__getitem__, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands for Ghostscript")
+def test_an_eps_named_png_runs_nothing(tmp_path, monkeypatch):
+    marker, program = tmp_path / "marker", tmp_path / "bin/gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {marker}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)   # it is looked for once
+    make_folder(tmp_path, {"images": 1}, size=(8, 8))
+    eps = tmp_path / "images/009.png"
+    noise(8, 8).save(eps, "EPS")
+    with pytest.raises(subprocess.CalledProcessError), Image.open(eps) as image:
+        image.load()
+    assert marker.exists()   # the danger is real
+    marker.unlink()
+    for size in (8, None):
+        part, = data.once(data.open_images(str(tmp_path / "images"), size), 4)
+        assert part["skipped"] == [str(eps)]
+    assert not marker.exists()
+
+
+def test_a_reader_that_is_killed_ends_in_one_line(monkeypatch):
+    read = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(read, "__defaults__", (0.2,))   # seconds between looks, of 5
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    parts = data.batches(data.Shapes(8, "train"), 1, workers=2)
+    next(parts)
+    torch.multiprocessing.active_children()[0].kill()
+    time.sleep(0.5)   # nothing happens while this process has other things to do
+    assert "--workers" in one_line(list, parts)
+    gc.collect()   # ends the other reader
+
+
+READS = """
+import multiprocessing, sys, time
+import data
+parts = data.batches(data.open_dataset(sys.argv[1], 8, "train"), 4, workers=2)
+next(parts)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+time.sleep(60)
+"""
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
+def test_readers_ignore_ctrl_c_and_end_with_their_parent(eleven):
+    parent = subprocess.Popen(
+        [sys.executable, "-c", READS, eleven.name], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)})
+    try:
+        readers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(readers) == 2 and all(map(alive, readers))
+        assert {os.getpgid(reader) for reader in readers}.isdisjoint({os.getpgid(parent.pid)})
+        for reader in readers:
+            os.kill(reader, signal.SIGINT)
+    finally:
+        time.sleep(0.2)
+        still = [*map(alive, readers)]
+        parent.kill()
+        parent.wait()
+    assert all(still)
+    for _ in range(30):
+        time.sleep(0.1)
+        if not any(map(alive, readers)):
+            break
+    assert not any(map(alive, readers))
+
+
 def test_a_disk_that_goes_away_ends_in_one_line(tmp_path):
     dataset = opened(tmp_path, {"a": 3})
     for file in (tmp_path / "a").iterdir():
@@ -302,7 +469,8 @@ def test_a_disk_that_goes_away_ends_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("mode, ending", [
-    ("L", "png"), ("P", "png"), ("I;16", "png"), ("CMYK", "jpg"), ("RGBA", "webp")])
+    ("L", "png"), ("P", "png"), ("I;16", "png"), ("CMYK", "jpg"), ("RGBA", "webp"),
+    ("RGB", "bmp"), ("P", "gif"), ("CMYK", "tif"), ("I;16", "TIFF")])
 def test_every_mode_is_read_as_rgb(tmp_path, mode, ending):
     # The left half is a dark red and the right one a light green.
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
@@ -312,7 +480,7 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode, ending):
         image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     else:
         image = image.quantize(4) if mode == "P" else image.convert(mode)
-    options = {} if ending == "png" else {"quality": 95}
+    options = {"quality": 95} if ending in ("jpg", "webp") else {}
     image.save(tmp_path / f"image.{ending}", **options)
     seen, _ = data.open_dataset(str(tmp_path), 16, "train")[0]
     expected = pixels.transpose(2, 0, 1).astype(float)
@@ -321,6 +489,16 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode, ending):
         expected[:] = np.tensordot(weights, expected, 1)
     difference = abs(seen.numpy() - expected)
     assert difference[:, :, :6].max() < 14 and difference[:, :, 10:].max() < 14
+
+
+def test_the_first_frame_of_a_gif_and_no_picture_without_a_white(tmp_path):
+    frames = [Image.new("L", (8, 8), level) for level in (50, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "b.tif")
+    Image.fromarray(np.ones((8, 8), np.int32)).save(tmp_path / "c.tif")
+    part, = data.once(data.open_dataset(str(tmp_path), 8, "train"), 4)
+    assert part["index"].tolist() == [0] and (part["pixels"] == 50).all()
+    assert [Path(name).name for name in part["skipped"]] == ["b.tif", "c.tif"]
 
 
 # ------------------------------------------------------------------------------
@@ -367,31 +545,123 @@ def test_without_a_val_folder_val_is_train_and_says_so(tmp_path, capsys):
     assert len(val) == 4 and val.note and val.note in capsys.readouterr().err
 
 
-def test_loose_images_and_given_classes(tmp_path):
+def test_loose_images_are_one_class(tmp_path):
     root = make_folder(tmp_path, {"faces": 3}, size=(5, 6))
     flat = data.open_dataset(root + "/faces", 8, "train")
     assert flat.classes == ["faces"] and len(flat) == 3 and flat[2][1] == 0
     assert flat[0][0].shape == (3, 8, 8)   # it was smaller
-    given = data.open_dataset(root, 8, "train", classes=["cats", "faces"])
-    assert given.classes == ["cats", "faces"] and given[0][1] == 1
-    assert "faces" in refusal(root, classes=["cats", "dogs"])
-    assert "and has none" in refusal(root + "/faces", classes=["cats", "dogs"])
 
 
-def test_cifar10(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_held_out_images_without_labels(tmp_path, name):
+    """The layout of ImageNet: train/CLASS/*.JPEG and val/*.JPEG."""
+    root = make_folder(tmp_path, {"train/a": 2, "train/b": 1, name: 3})
+    held_out = data.open_dataset(root, 8, "val")
+    assert held_out.classes == ["a", "b"] and held_out.note == ""
+    part, = data.once(held_out, 4)
+    assert part["y"].tolist() == [-1, -1, -1] and held_out[0][1] == -1
+    assert_close(held_out[1][0], data.Folder.read(held_out, [1], [data.CENTRE])[0], **EXACT)
+    assert data.summary(held_out) == f"{root}/{name} (val): 3 images, no labels"
+    said = one_line(data.cache_latents, tmp_path / ".cache", held_out, Encoder(0), KEY, 4)
+    assert "no labels" in said and not (tmp_path / ".cache").exists()
+
+
+def test_which_folder_is_held_out(tmp_path):
+    counts = {"train/a": 1, "valid/a": 1, "test/a": 2, "notes": 1}
+    root = make_folder(tmp_path, counts)
+    assert len(data.open_dataset(root, 8, "val")) == 1
+    assert data.open_dataset(root, 8, "train").classes == ["a"]   # notes is no class
+    os.rename(tmp_path / "valid", tmp_path / "val")
+    os.rename(tmp_path / "val/a/000.png", tmp_path / "val/a/007.png")
+    assert "007.png" in data.open_dataset(root, 8, "val").name_of(0)
+    plain = make_folder(tmp_path / "plain", {"test": 1, "b": 1})   # a class of this name
+    val = data.open_dataset(plain, 8, "val")
+    assert val.classes == ["b", "test"] and "val is the same" in val.note
+    one = make_folder(tmp_path / "one", {"train": 2, "val": 1})   # no classes at all
+    assert [data.open_dataset(one, 8, split).labels([0]).item()
+            for split in ("train", "val")] == [0, 0]
+
+
+def test_a_summary_says_what_is_there_and_what_is_ignored(tmp_path):
+    root = make_folder(tmp_path, {"train/a": 2, "train/b": 1, "train/b/deep": 1,
+                                  "val/a": 1, "test/a": 1, "raw": 1})
+    for name in ("train/0.png", "train/1.png", "2.png", "train/a/x.heic", "val/y.txt", "z.md",
+                 "train/.hidden"):
+        (tmp_path / name).write_bytes(b"")
+    train, val = (data.open_dataset(root, 8, split) for split in ("train", "val"))
+    assert data.summary(train) == (
+        f"{root}/train (train): 3 images, 2 classes; ignored 2 files of other formats "
+        "(z.md, x.heic); ignored 3 folders (raw, test, deep); ignored 3 images beside "
+        "the folders (2.png, 0.png, 1.png)")
+    assert data.summary(val) == (
+        f"{root}/val (val): 1 images, 2 classes; ignored 2 files of other formats "
+        "(z.md, y.txt); ignored 2 folders (raw, test); ignored 1 images beside "
+        "the folders (2.png)")
+    flat = data.open_dataset(root + "/val/a", 8, "train")
+    assert data.summary(flat) == f"{root}/val/a (train): 1 images, 1 class"
+    shapes = data.open_dataset("shapes", 8, "val")
+    assert data.summary(shapes) == "shapes (val): 2,000 images, 10 classes"
+
+
+@pytest.fixture
+def cifar(monkeypatch) -> None:
+    """Two classes in turns, of which image i has the value i + 7 or, held out, i + 9."""
     class Fake:
         classes, targets = ["plane", "car"], [0, 1, 1, 0]
 
         def __init__(self, root: str, train: bool, download: bool) -> None:
             if "away" in root:
                 raise OSError("no route\nto host")
-            self.data = np.full((4, 32, 32, 3), 7 if train else 9, dtype=np.uint8)
+            levels = np.arange(4, dtype=np.uint8) + (7 if train else 9)
+            self.data = np.broadcast_to(levels[:, None, None, None], (4, 32, 32, 3))
 
     monkeypatch.setattr(data.torchvision.datasets, "CIFAR10", Fake)
+
+
+def test_cifar10(cifar):
     assert "no route to host" in refusal("cifar10", root="away")
-    for split, value in (("train", 7), ("val", 9)):
+    for split, value in (("train", 8), ("val", 10)):
         image, label = data.open_dataset("cifar10", 16, split)[1]
         assert image.shape == (3, 16, 16) and (image == value).all() and label == 1
+
+
+def test_the_subset_of_cifar10_is_the_first_images_of_each_class(
+        cifar, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cifar_subset, "COUNTS", {"train": 2, "val": 1})
+    cifar_subset.main(["--out", str(tmp_path / "new/subset")])
+    found = {str(file.relative_to(tmp_path / "new/subset")): np.asarray(Image.open(file))
+             for file in (tmp_path / "new").rglob("*.jpg")}
+    # JPEG of quality 75 keeps the level of a plain image.
+    assert {name: {*image.flat} for name, image in found.items()} == {
+        "train/plane/0000.jpg": {7}, "train/plane/0001.jpg": {10}, "train/car/0000.jpg": {8},
+        "train/car/0001.jpg": {9}, "val/plane/0000.jpg": {9}, "val/car/0000.jpg": {10}}
+    assert os.listdir(tmp_path / "new") == ["subset"]   # no temporary folder
+    with pytest.raises(SystemExit) as stop:
+        cifar_subset.main(["--out", str(tmp_path / "new/subset")])
+    assert stop.value.code == 2 and "there already" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not SUBSET.exists(), reason=f"{SUBSET} is not here")
+def test_the_subset_has_the_jpeg_settings_of_ours(tmp_path):
+    """What comes before the pixels: tables of quality 75, and the sampling of colour.
+
+    Decoding and encoding again gives the same bytes for 3 of 5 images.
+    """
+    equal = []
+    with tarfile.open(SUBSET) as archive:
+        counts = Counter(name.split("/")[1] for name in archive.getnames())
+        assert counts == {split: 10 * n for split, n in cifar_subset.COUNTS.items()}
+        for entry in archive.getmembers()[:20]:
+            theirs = archive.extractfile(entry).read()
+            (tmp_path / "theirs.jpg").write_bytes(theirs)
+            pixels = np.asarray(Image.open(tmp_path / "theirs.jpg"))[None]
+            images = data.Pictures("", 32, "train", ["a"], np.zeros(1, int), pixels)
+            cifar_subset.write(images, 1, tmp_path / entry.name)
+            ours = (tmp_path / entry.name / "a/0000.jpg").read_bytes()
+            scan = ours.index(b"\xff\xda")   # where the pixels begin
+            assert ours[:scan] == theirs[:scan]
+            equal.append(ours == theirs)
+    assert sum(equal) > 5
 
 
 # ------------------------------------------------------------------------------
@@ -406,19 +676,19 @@ def test_arrays_of_an_npz(save, order, tmp_path):
     save(tmp_path / "samples.npz", other=np.zeros(3), arr_0=array)
     images = data.open_images(str(tmp_path / "samples.npz"))
     assert (len(images), images.size) == (7, 8)
-    assert isinstance(images.pixels, np.memmap) == (save is np.savez)
+    assert isinstance(images.pixels.base, np.memmap) == (save is np.savez)
     seen = torch.cat([part["pixels"] for part in data.once(images, 3)])
     np.testing.assert_array_equal(seen.permute(0, 2, 3, 1).numpy(), pixels)
 
 
 @pytest.mark.parametrize("kind, reason", [
-    ("truncated", "no .npz"), ("text", "no .npz"), ("missing", "No such file"),
+    ("truncated", "no .npz"), ("text", "no .npz"), ("missing", "not a file"),
     ("no arr_0", "arr_0"), ("float", "float32"), ("grey", "[2, 8, 8]"),
-    ("wide", "[2, 8, 6, 3]")])
+    ("wide", "[2, 8, 6, 3]"), ("none", "[2, 0, 0, 3]")])
 def test_an_npz_without_images_ends_in_one_line(kind, reason, tmp_path):
     path, good = tmp_path / "samples.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8)
     bad = {"float": good.astype(np.float32), "grey": good[..., 0],
-           "wide": good[:, :, :6]}
+           "wide": good[:, :, :6], "none": good[:, :0, :0]}
     np.savez(path, **{"images" if kind == "no arr_0" else "arr_0": bad.get(kind, good)})
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-200])
@@ -430,8 +700,86 @@ def test_an_npz_without_images_ends_in_one_line(kind, reason, tmp_path):
     assert reason in said and str(path) in said
 
 
+def member(shape: object, body: bytes = bytes(24), kind: str = "|u1") -> bytes:
+    """The bytes of an .npy file that says that it has this shape."""
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + body
+
+
+MEMBERS = {
+    "negative": member((-1, 24)), "negative twice": member((-1, -24)),
+    "absurd": member((2**40, 2**40)), "too large": member((25,)), "too small": member((23,)),
+    "endless": member("(" * 5000), "no shape": member("'a'"), "real": member((2.5,)),
+    "objects": member((3,), kind="|O"), "text": b"this is no array", "empty": b"",
+    "half": member((24,))[:20], "version 2": b"\x93NUMPY\x02\x00" + bytes(30),
+    "fields": member((24,), kind="|Q9"), "code": member("__import__('os').abort()")}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("kind", [*MEMBERS, "good", "encrypted", "unknown method"])
+def test_a_damaged_member_of_an_npz_ends_in_one_line(kind, method, tmp_path):
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("arr_0.npy", MEMBERS.get(kind, member((24,))))
+        archive.writestr("more.npy", member((200,), bytes(200)))
+    raw = bytearray(path.read_bytes())
+    if kind in ("encrypted", "unknown method"):   # flags, in the entry and in the list
+        for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            raw[raw.index(mark) + place + 2 * (kind != "encrypted")] |= 1
+    path.write_bytes(raw)
+    if kind == "good":
+        assert data.read_npz(path, "arr_0")["arr_0"].tolist() == [0] * 24
+        return
+    if kind == "unknown method" and method == zipfile.ZIP_DEFLATED:
+        raw[raw.index(b"PK\x03\x04") + 8] = raw[raw.index(b"PK\x01\x02") + 10] = 99
+        path.write_bytes(raw)
+    said = one_line(data.read_npz, path, "arr_0")
+    assert str(path) in said and "no .npz" in said
+    assert data.read_npz(path, "more")["names"] == ["arr_0", "more"]
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_read_npz_gives_what_is_there(save, tmp_path):
+    arrays = {"mu": np.arange(3.0), "sigma": np.eye(3, order="F"), "features": np.array("judge"),
+              "empty": np.zeros((0, 3))}
+    save(tmp_path / "a.npz", **arrays)
+    found = data.read_npz(str(tmp_path / "a.npz"), "mu", "features", "absent", "sigma", "empty")
+    assert found.pop("names") == [*arrays] and found.keys() == arrays.keys()
+    for key, array in found.items():
+        np.testing.assert_array_equal(array, arrays[key])
+    assert str(found["features"]) == "judge" and torch.tensor(found["mu"]).sum() == 3
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_any_byte_of_an_npz_may_flip(save, tmp_path):
+    """It is found, or it is where nothing depends on it, such as a date."""
+    draws, expected = np.random.default_rng(0), np.arange(3000) % 7
+    save(tmp_path / "a.npz", arr_0=expected)
+    whole, refused = (tmp_path / "a.npz").read_bytes(), 0
+    for _ in range(200):
+        raw = bytearray(whole)
+        raw[draws.integers(len(raw))] ^= 1 << draws.integers(8)
+        (tmp_path / "b.npz").write_bytes(raw)
+        try:
+            found = data.read_npz(tmp_path / "b.npz", "arr_0")
+        except InputError:
+            refused += 1
+        else:
+            assert "arr_0" not in found or (found["arr_0"] == expected).all()
+    assert refused > 100
+    for length in range(0, len(whole), len(whole) // 50):
+        (tmp_path / "b.npz").write_bytes(whole[:length])
+        one_line(data.read_npz, tmp_path / "b.npz", "arr_0")
+
+
+def test_a_pipe_and_a_folder_are_no_npz(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    for path in (tmp_path / "a.npz", tmp_path):
+        assert "not a file" in one_line(data.read_npz, path, "arr_0")
+
+
 @pytest.mark.parametrize("kind, reason", [
-    ("mixed", "(16, 16)"), ("empty", "none"), ("wide", "(16, 8)"), ("broken", "extra.png")])
+    ("mixed", "(16, 16)"), ("empty", "has no .jpg"), ("wide", "(16, 8)"), ("broken", "")])
 def test_a_folder_of_samples_is_taken_as_it_is(kind, reason, tmp_path):
     folder = make_folder(tmp_path, {"a": 0 if kind == "empty" else 3})
     if kind != "empty":
@@ -441,6 +789,11 @@ def test_a_folder_of_samples_is_taken_as_it_is(kind, reason, tmp_path):
         image.save(tmp_path / "a/extra.png")
     if kind == "broken":
         (tmp_path / "a/extra.png").write_bytes(b"not a picture")
+        part, = data.once(data.open_images(folder), 4)
+        assert len(part["y"]) == 3 and part["skipped"] == [str(tmp_path / "a/extra.png")]
+        for file in (tmp_path / "a").glob("0*.png"):
+            file.unlink()
+        reason = "none"
     assert reason in one_line(data.open_images, folder)
     if kind in ("mixed", "wide"):
         assert len(data.open_images(folder, 8)) == 4   # but all can be cropped to one size
@@ -483,7 +836,8 @@ def direct(dataset: data.Folder, index: int, flipped: bool) -> tuple:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {file.name: file.read_bytes() for file in folder.rglob("*")
+            if file.is_file() and file.name != ".lock"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -551,7 +905,7 @@ def test_a_finished_cache_is_only_opened(eleven, tmp_path):
     assert contents(cache) == before
 
 
-def of_two(rank: int, folder: str, images: str, barrier, limit: int) -> None:
+def of_two(rank: int, folder: str, images: str, store: str, limit: int) -> None:
     """One process of two; rank 1 is killed when it has encoded `limit` images."""
     class Fatal(Encoder):
         def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -559,10 +913,13 @@ def of_two(rank: int, folder: str, images: str, barrier, limit: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(x)
 
+    torch.set_num_threads(1)   # the parent's threads are not here
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     dataset = data.open_dataset(images, 8, "train")
-    latents = data.cache_latents(folder, dataset, Fatal(), KEY, 2, rank, 2,
-                                 barrier=lambda: barrier.wait(20))
+    latents = data.cache_latents(folder, dataset, Fatal(), KEY, 2, rank, 2)
     assert len(latents) == 11
+    runtime.finish()
 
 
 @pytest.mark.parametrize("then", [1, 2])
@@ -571,19 +928,15 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(
     # Chunks of 3, 3, 3 and 2 images, of which rank 1 has the second and the fourth.
     # It sees 6 images of the second, with the mirror images, and 2 of the fourth.
     data.cache_latents(tmp_path / ".whole", eleven, Encoder(), KEY, 2)
-    context = torch.multiprocessing.get_context("fork")
 
     def run(limit: int) -> list[int]:
-        barrier = context.Barrier(2)
-        flags = str(tmp_path / ".cache"), eleven.folder, barrier, limit
-        processes = [context.Process(target=of_two, args=(rank, *flags))
-                     for rank in range(2)]
+        store = tmp_path / f".store{limit}"
+        flags = str(tmp_path / ".cache"), eleven.folder, str(store), limit
+        processes = [FORK.Process(target=of_two, args=(rank, *flags)) for rank in range(2)]
         for process in processes:
             process.start()
-        processes[1].join(30)
-        if processes[1].exitcode:
-            barrier.abort()
-        processes[0].join(30)
+        for process in processes:
+            process.join(30)
         return [process.exitcode for process in processes]
 
     assert run(8) == [1, -signal.SIGKILL]
@@ -613,7 +966,8 @@ def test_a_mark_follows_its_latents(eleven, tmp_path, monkeypatch,
 
 
 def test_other_images_or_another_tokenizer_are_another_cache(
-        eleven, tmp_path):
+        eleven, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "KEPT", 9)
     cache, encoder, key = tmp_path / ".cache", Encoder(), dict(KEY)
     changes = [
         lambda: None, lambda: key.update(tokenizer="b" * 64),
@@ -633,7 +987,7 @@ def test_other_images_or_another_tokenizer_are_another_cache(
     data.cache_latents(cache, moved, Encoder(limit=0), key, 4)
     others = [large, data.Shapes(16, "train", 0), data.Shapes(16, "train", 1),
               data.Shapes(32, "train", 0), data.Shapes(16, "val", 0)]
-    for value, target in ((0, 0), (1, 0), (0, 1)):
+    for value, target in ((0, 0), (1, 0), (0, 1)):   # of pixels, and of labels
         cifar = data.Cifar10.__new__(data.Cifar10)
         pixels = np.full((2, 32, 32, 3), value, np.uint8)
         data.Pictures.__init__(cifar, "cifar10", 32, "train", ["plane", "car"],
@@ -643,6 +997,188 @@ def test_other_images_or_another_tokenizer_are_another_cache(
         np.savez(tmp_path / f"{value}.npz", np.full((2, 8, 8, 3), value, np.uint8))
         others.append(data.open_images(str(tmp_path / f"{value}.npz")))
     assert len({*map(data.fingerprint, (moved, *others))}) == 11
+
+
+def copied(images: Path, target: Path) -> data.Folder:
+    """The same images with new times, as `cp -r` makes them."""
+    shutil.copytree(images, target, copy_function=shutil.copyfile)
+    return data.open_dataset(str(target), 8, "train")
+
+
+def test_new_times_are_said_or_accepted(tmp_path, capsys):
+    first_times = opened(tmp_path / "images", {"a": 5, "bb": 6}, size=(8, 11))
+    cache = tmp_path / "cache"
+    old = data.cache_latents(cache, first_times, Encoder(), KEY, 4)
+    others = [copied(tmp_path / "images", tmp_path / f"copy{i}") for i in range(3)]
+    assert capsys.readouterr().err.count("--accept-data") == 0
+    # Accepted, the old latents are taken, and are the same to a run that is resumed.
+    taken = data.cache_latents(cache, others[0], Encoder(limit=0), KEY, 4, accept=True)
+    assert taken.sha256 == old.sha256 and len(list(cache.iterdir())) == 1
+    assert taken.labels.tolist() == old.labels.tolist()
+    # Otherwise a line is said, and they are made.
+    made = data.cache_latents(cache, others[0], Encoder(), KEY, 4)
+    said = capsys.readouterr().err
+    assert said.count("--accept-data would take") == 1 and str(cache / "train-") in said
+    assert made.sha256 != old.sha256 and len(list(cache.iterdir())) == 2
+    assert data.cache_latents(cache, others[0], Encoder(limit=0), KEY, 4).sha256 == made.sha256
+    assert "--accept-data" not in capsys.readouterr().err   # as its own are there
+    # The newest of two is accepted, and one that is not whole never.
+    home, = (path for path in cache.iterdir() if path.name.endswith(made.sha256[-8:]))
+    for sha256, seconds in ((made.sha256, 200), (old.sha256, 100)):
+        path, = cache.glob(f"*{sha256[-8:]}")
+        os.utime(path, (seconds, seconds))
+    taken = data.cache_latents(cache, others[1], Encoder(limit=0), KEY, 4, accept=True)
+    assert taken.sha256 == made.sha256
+    (home / "00000000.json").unlink()
+    taken = data.cache_latents(cache, others[1], Encoder(limit=0), KEY, 4, accept=True)
+    assert taken.sha256 == old.sha256
+    # Other images are other latents, whatever is accepted.
+    noise(8, 12, seed=5).save(others[2].name_of(0), "BMP")
+    encoder = Encoder()
+    data.cache_latents(cache, others[2], encoder, KEY, 4, accept=True)
+    assert encoder.seen == 22
+
+
+def elsewhere(function, *args) -> str:
+    """What InputError says in another process, or nothing."""
+    ours, theirs = FORK.Pipe()
+
+    def run() -> None:
+        torch.set_num_threads(1)   # the parent's threads are not here
+        runtime.locks.clear()      # nor are its locks
+        try:
+            function(*args)
+            theirs.send("")
+        except InputError as error:
+            theirs.send(str(error))
+        os._exit(0)
+
+    process = FORK.Process(target=run)
+    process.start()
+    said = ours.recv() if ours.poll(20) else "it hangs"
+    process.join(20)
+    return said
+
+
+def test_one_makes_a_cache_and_many_read_it(eleven, tmp_path):
+    cache, asked = tmp_path / "cache", []
+
+    class Slow(Encoder):
+        def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            if not self.seen:
+                asked.append(elsewhere(data.cache_latents, cache, eleven, Encoder(), KEY, 4))
+            return super().__call__(x)
+
+    data.cache_latents(cache, eleven, Slow(), KEY, 4)
+    assert "in use by process" in asked[0] and str(os.getpid()) in asked[0]
+    # From here on this process reads, to its end.
+    reads = elsewhere, data.cache_latents, cache, eleven, Encoder(limit=0), KEY, 4
+    assert reads[0](*reads[1:]) == ""
+    home, = cache.iterdir()
+    assert "in use" in elsewhere(runtime.lock, home)
+    (home / "00000000.json").unlink()   # now it would have to be made
+    assert "in use" in elsewhere(data.cache_latents, cache, eleven, Encoder(), KEY, 4)
+    runtime.finish()
+    assert elsewhere(data.cache_latents, cache, eleven, Encoder(), KEY, 4) == ""
+    assert elsewhere(runtime.lock, home) == ""
+    data.cache_latents(cache, eleven, Encoder(limit=0), KEY, 4)   # which is there already
+    assert "in use" in elsewhere(runtime.lock, home) and reads[0](*reads[1:]) == ""
+
+
+def test_the_four_caches_used_last_are_kept_and_those_in_use(eleven, tmp_path, capsys):
+    cache, homes = tmp_path / "cache", []
+
+    def use(number: int, encoder: Encoder) -> Path:
+        key = {"tokenizer": str(number)}
+        latents = data.cache_latents(cache, eleven, encoder, key, 4)
+        home, = (path for path in cache.glob("train-*") if latents.sha256[:16] in path.name)
+        assert home.stat().st_mtime > 1e9
+        runtime.finish()
+        os.utime(home, (number, number))   # the times of this test are not its clock's
+        return home
+
+    def left() -> list[int]:
+        return [number for number, home in enumerate(homes) if home.exists()]
+
+    (cache / "results").mkdir(parents=True)   # somebody's, and none of ours
+    homes += [use(number, Encoder()) for number in range(4)]
+    assert left() == [0, 1, 2, 3]
+    runtime.finish()
+    (homes[0] / ".lock").touch()   # which somebody left who was killed
+    os.utime(homes[0], (0, 0))
+    use(0, Encoder(limit=0))
+    os.utime(homes[0], (9, 9))
+    capsys.readouterr()
+    homes.append(use(4, Encoder()))   # the second is deleted, as the first was used since
+    assert left() == [0, 2, 3, 4]
+    assert capsys.readouterr().err.count(f"deleted {homes[1]}: ") == 1
+    ready, done = FORK.Event(), FORK.Event()
+    reader = FORK.Process(target=hold, args=(homes[2], ready, done))
+    reader.start()
+    assert ready.wait(20)
+    os.utime(homes[2], (2, 2))
+    homes += [use(5, Encoder()), use(6, Encoder())]
+    assert left() == [0, 2, 4, 5, 6]   # the third is read, and the fourth is deleted
+    done.set()
+    reader.join(20)
+    (homes[2] / "00000000.json").unlink()   # as if it had been killed, and long ago
+    (homes[2] / ".lock").touch()
+    os.utime(homes[2], (2, 2))
+    use(2, Encoder())
+    assert left() == [0, 2, 5, 6] and (cache / "results").is_dir()
+
+
+def hold(home: Path, ready, done) -> None:
+    """Another process that reads a cache."""
+    runtime.locks.clear()
+    runtime.lock(home, shared=True)
+    ready.set()
+    done.wait(20)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("kind", [
+    "short", "empty", "no array", "array of objects", "other shape", "other numbers", "cut",
+    "list", "foreign", "sums", "nan", "skipped", "binary", "folder"])
+def test_a_damaged_chunk_is_made_again(eleven, tmp_path, kind, chunks_of_three):
+    cache = tmp_path / "cache"
+    data.cache_latents(cache, eleven, Encoder(), KEY, 2)
+    before, (home,) = contents(cache), cache.iterdir()
+    array, mark = home / "00000003.npy", home / "00000003.json"
+    good = json.loads(mark.read_text())
+    texts = {"cut": mark.read_text()[:20], "list": "[1]", "foreign": '{"a": 1}',
+             "sums": json.dumps(good | {"sums": [1, 2]}),
+             "nan": json.dumps(good | {"sums": [[float("nan")] * 2] * 4}),
+             "skipped": json.dumps(good | {"skipped": [7]}), "binary": "\0\1"}
+    arrays = {"other shape": np.load(array)[:2], "other numbers": np.load(array).astype(float),
+              "array of objects": np.array([{}])}
+    if kind in texts:
+        mark.write_text(texts[kind])
+    elif kind in arrays:
+        np.save(array, arrays[kind], allow_pickle=True)
+    elif kind == "folder":
+        mark.unlink()
+        mark.mkdir()
+        assert "00000003.json" in one_line(data.cache_latents, cache, eleven, Encoder(), KEY, 2)
+        return
+    else:
+        array.write_bytes({"short": array.read_bytes()[:-1], "empty": b"",
+                           "no array": b"text"}[kind])
+    encoder = Encoder()
+    data.cache_latents(cache, eleven, encoder, KEY, 2)
+    assert encoder.seen == 6 and contents(cache) == before
+
+
+def test_chunks_of_two_kinds_or_none_end_in_one_line(
+        eleven, tmp_path, chunks_of_three, monkeypatch):
+    data.cache_latents(tmp_path / "cache", eleven, Encoder(), KEY, 2)
+    home, = (tmp_path / "cache").iterdir()
+    np.save(home / "00000003.npy", np.zeros((3, 2, 2, 2, 4, 4), np.float16))
+    monkeypatch.setattr(data, "write_chunk", lambda *_: None)
+    for _ in range(2):
+        said = one_line(data.cache_latents, tmp_path / "cache", eleven, Encoder(), KEY, 2)
+        assert str(home) in said and "delete it" in said
+        (home / "00000003.npy").unlink(missing_ok=True)
 
 
 def test_unreadable_images_have_no_latents(tmp_path, monkeypatch):
@@ -670,7 +1206,9 @@ def test_no_room_and_no_numbers_end_in_one_line(eleven, tmp_path,
                                                 monkeypatch):
     cache, key = tmp_path / ".cache", {"tokenizer": "b" * 64}
     said = one_line(data.cache_latents, cache, eleven, Encoder(scale=1e6), key, 4)
-    assert "beyond fp16" in said and not contents(cache)
+    assert "beyond fp16" in said
+    runtime.finish()   # as a stage does at its end
+    assert not list(cache.iterdir())
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -743,6 +1281,9 @@ WRONG = {
     "flat": GOOD | {k: torch.zeros(4, 18) for k in ("latents", "latents_flip")},
     "flip": GOOD | {"latents_flip": GOOD["latents_flip"][:, :1]},
     "bf16": shard(4, 0, torch.bfloat16),
+    "bf16 labels": GOOD | {"labels": torch.arange(4).to(torch.bfloat16)},
+    "column": GOOD | {"labels": torch.arange(4)[:, None]},
+    "absurd": GOOD | {"labels": torch.arange(4) + 2**60},
 }
 
 
@@ -757,7 +1298,37 @@ def test_no_shards_and_other_statistics_end_in_one_line(tmp_path):
     assert "no *.safetensors" in one_line(data.open_lightningdit_latents, tmp_path)
     write_shard(tmp_path / "latents_rank00_shard000.safetensors", shard(4, 1))
     assert "latents_stats.pt" in one_line(data.open_lightningdit_latents, tmp_path)
-    three = torch.ones(1, 3, 1, 1)
-    for stored in ({"mean": three, "std": three}, {"mu": 0}):
+    two, three = torch.ones(1, 2, 1, 1), torch.ones(1, 3, 1, 1)
+    for stored in ({"mean": three, "std": three}, {"mu": 0}, {"mean": 0.0, "std": 1.0},
+                   {"mean": two, "std": two * float("nan")}):
         torch.save(stored, tmp_path / "latents_stats.pt")
         assert "latents_stats.pt" in one_line(data.open_lightningdit_latents, tmp_path)
+
+
+def test_the_hash_of_lightningdit_latents_is_of_their_files(tmp_path):
+    names = [tmp_path / f"latents_rank00_shard00{i}.safetensors" for i in range(2)]
+    write_shard(names[0], shard(4, 1))
+    write_shard(names[1], shard(3, 2))
+    stats = {"mean": torch.zeros(1, 2, 1, 1), "std": torch.ones(1, 2, 1, 1)}
+    torch.save(stats, tmp_path / "latents_stats.pt")
+    hashes = [data.open_lightningdit_latents(tmp_path).sha256]
+    shutil.copytree(tmp_path, tmp_path / "copy")   # with the times
+    assert data.open_lightningdit_latents(tmp_path / "copy").sha256 == hashes[0]
+    changes = [lambda: os.utime(names[1], (1, 1)), lambda: write_shard(names[0], shard(5, 1)),
+               lambda: names[1].rename(tmp_path / "other.safetensors"),
+               lambda: os.utime(tmp_path / "latents_stats.pt", (1, 1))]
+    for change in changes:
+        change()
+        hashes.append(data.open_lightningdit_latents(tmp_path).sha256)
+    assert len({*hashes}) == 5 and len(hashes[0]) == 64
+
+
+def test_a_picture_of_rows_has_names_and_enlarged_images(tmp_path):
+    # 20 pixels are enlarged threefold; the names take the first 110 columns.
+    images = torch.randint(256, (3, 20, 20, 3), dtype=torch.uint8)
+    data.save_rows(tmp_path / "rows.png", {"first": images[:1], "second": images[1:].numpy()})
+    found = np.asarray(Image.open(tmp_path / "rows.png"))
+    assert found.shape == (120, 110 + 120, 3)
+    assert (found[60::3, 110::3] == torch.cat([images[1], images[2]], 1).numpy()).all()
+    assert (found[:60:3, 110:170:3] == images[0].numpy()).all()
+    assert (found[:60, 170:] == 255).all() and (found[:60, :110] < 255).any()

@@ -3,6 +3,7 @@
 import json
 import math
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -65,6 +66,34 @@ def test_the_sampler_s_error_is_measured_in_sigma():
     # N(0, 1) is outside one deviation with probability 0.3173, N(0, 3) with 0.7389.
     outside = (0.3173 + 0.7389) / 2
     assert_close([*found.values()], [rms, rms / 0.1, outside], rtol=0.05, atol=0)
+
+
+def test_what_has_no_value_is_none():
+    """A decoder that does not answer: every T is 0.  And a latent without noise."""
+    sigma, zeros = torch.rand(100, generator=generator()) + 0.1, torch.zeros(100)
+    found = equilibrium.equilibrium(sigma, zeros, zeros, 0.1)
+    assert [found[key] for key in ("equilibrium_slope", "equilibrium_ratio", "trace_slope")
+            ] == [None, None, None]
+    z = torch.ones(1, 2, 4, 4)
+    found = equilibrium.perturbation(z, 0 * z, torch.zeros(2))
+    assert found == {"sampler_error": 1.0, "sampler_over_sigma": None, "sampler_outside": 1.0}
+
+
+@pytest.mark.parametrize("dit, flags, message", [
+    ({}, ["file/m.json"], "file"), ({}, ["."], "Is a folder"),
+    ({}, ["m.json"], "dit.pt is a published file"),
+    ({"latent_mean": 0}, ["m.json"], "dit.pt names no tokenizer"),
+    ({"latent_mean": 0}, ["m.json", "--tokenizer", "vavae.pt"], "does not name its images")])
+def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, dit, flags, message):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "load_dit", lambda path: (None, dit))
+    monkeypatch.setattr(checkpoints, "load_tokenizer", lambda path: (None, {}))
+    with pytest.raises(SystemExit) as stop:
+        equilibrium.main(["dit.pt", *flags])
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_transformer_whose_flow_is_known(tmp_path, monkeypatch):

@@ -145,6 +145,19 @@ def test_kernel_distance_is_the_unbiased_mmd():
     between = sum(kernel(x, y) for x in u for y in v) / 144
     expected = within - 2 * between
     assert metrics.kernel_distance(u, v) == pytest.approx(expected, rel=1e-10)
+    few, many = (metrics.kernel_distance(u, v, subsets=n, size=5) for n in (1, 1000))
+    assert few != pytest.approx(expected, rel=0.2) and many == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("n, m, size", [(40, 15, 1000), (15, 40, 1000), (40, 15, 7)])
+def test_kernel_distance_of_sets_of_other_sizes(n, m, size):
+    """Rows u and v: k(u, u) + k(v, v) - 2 k(u, v) in any subset that is no larger than a set.
+
+    With d = 2, u.u = 2, v.v = 8 and u.v = 0 it is 2^3 + 5^3 - 2 * 1^3 = 131.
+    """
+    real, fake = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, -2.0]])
+    found = metrics.kernel_distance(real.repeat(n, 1), fake.repeat(m, 1), size=size)
+    assert found == pytest.approx(131)
 
 
 def test_kernel_distance_is_that_of_torch_fidelity():
@@ -199,16 +212,17 @@ def test_precision_and_recall_are_those_of_torch_fidelity():
 
 
 def test_latent_summary_by_hand():
-    """Means -1, 1, -1, 1 deviate by sqrt(4/3); channel 1 is twice and four times 0.
+    """Means -1, 1, -1, 1 deviate by sqrt(4/3) in channel 0, and by twice that in 1.
 
-    Noise over spread is sigma^2 / spread^2 = 1 / (4/3) in both channels.
+    sigma^2 is 0.5 or 1.5 in channel 0, and 16 in channel 1.  Over the spread^2 that is
+    1 / (4/3) = 0.75 and 16 / (16/3) = 3 on average: the root of their mean is 1.875^0.5.
     """
     mean = torch.tensor([[-1.0, 1.0], [-2.0, 2.0]]).expand(2, 2, 2)
-    logvar = torch.tensor([1.0, 4.0]).log()[None, :, None].expand(2, 2, 2).clone()
+    logvar = torch.tensor([[0.5, 1.5], [16.0, 16.0]]).log().expand(2, 2, 2).clone()
     found = metrics.latent_summary(mean, logvar, torch.full_like(mean, -7.0), True)
-    expected = {"spread": 1.5 * (4 / 3) ** 0.5, "max_z": 7.0, "sigma2": 2.5,
-                "sigma2_p50": 1.0, "at_clamp": 0.0, "relative_noise": 0.75**0.5}
+    expected = {"spread": 1.5 * (4 / 3) ** 0.5, "max_z": 7.0, "sigma2": 8.5,
+                "sigma2_p50": 1.5, "at_clamp": 0.0, "relative_noise": 1.875**0.5}
     assert found == pytest.approx(expected, rel=1e-5)
-    logvar[0, 0] = 20.0
-    assert metrics.latent_summary(mean, logvar, mean, True)["at_clamp"] == 0.25
+    logvar[0, 0], logvar[1, 0, 0] = 20.0, -30.0
+    assert metrics.latent_summary(mean, logvar, mean, True)["at_clamp"] == 3 / 8
     assert {*metrics.latent_summary(mean, logvar, mean, False)} == {"spread", "max_z"}

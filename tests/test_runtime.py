@@ -205,7 +205,7 @@ def test_flags_override_smoke_and_smoke_overrides_the_preset(argv, steps, lr):
 
 
 @pytest.mark.parametrize("argv, said", [
-    ("--steps 0", "--steps: 0 is not a whole number of at least 1"),
+    ("--steps 0", "--steps: 0 is not a whole number from 1"),
     ("--steps 1.5", "1.5 is not"), ("--steps many", "many is not"),
     ("--lr nan", "nan is not"), ("--preset x", "'x'"), ("--st 3", "--st"),
     ("--preset", "--preset")])
@@ -371,16 +371,21 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     assert f"{folder} is in use by process {os.getpid()} on" in other(folder)
     runtime.lock(folder, shared=True)
     assert other(folder, "shared") == "has it" and "in use" in other(folder)
+    assert (folder / ".lock").exists()   # the other reader has left it to this one
+    (folder / "file").touch()
     runtime.finish()
+    assert os.listdir(folder) == ["file"]
     assert other(folder) == "has it"
 
 
 def test_a_folder_that_received_nothing_goes_away_again(tmp_path):
-    runtime.claim(Runtime(CPU), tmp_path / "empty")
-    runtime.claim(Runtime(CPU), tmp_path / "full")
+    (tmp_path / "before").mkdir()
+    for name in ("before", "empty", "full"):
+        runtime.claim(Runtime(CPU), tmp_path / name)
     (tmp_path / "full/checkpoint.pt").touch()
     runtime.finish()
-    assert os.listdir(tmp_path) == ["full"] and os.listdir(tmp_path / "full") == ["checkpoint.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["before", "full"]
+    assert os.listdir(tmp_path / "full") == ["checkpoint.pt"]
 
 
 def test_claims_refuse_what_cannot_be_written(tmp_path):

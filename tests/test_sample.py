@@ -4,7 +4,10 @@ networks are tiny, and the images have 8 x 8 pixels.
 """
 
 import json
+import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,31 +20,18 @@ import flow
 import models
 import runtime
 import sample
-from test_train_dit import AUTOENCODER, make_tokenizer
-
-TRANSFORMER = dict(depth=2, width=32, heads=2, in_channels=4, input_size=4, num_classes=10)
-
-
-def make_dit(path: Path, tokenizer: Path, seed: int = 0, **changed) -> Path:
-    """A checkpoint of a network none of whose parameters is zero."""
-    torch.manual_seed(seed)
-    net = models.build_dit(models.DITS["demo"] | TRANSFORMER | changed)
-    for p in net.parameters():
-        if p.requires_grad:
-            torch.nn.init.normal_(p, std=0.3)
-    checkpoints.save({
-        "kind": "dit", "step": 7, "config": {"data": "shapes"}, "model_config": net.config,
-        "model": {name: 0 * value for name, value in net.state_dict().items()},
-        "ema": net.state_dict(), "classes": [f"class {i}" for i in range(10)],
-        "tokenizer": {"path": str(tokenizer), "sha256": runtime.file_sha256(tokenizer)},
-        "latent_mean": torch.arange(4.0), "latent_std": torch.arange(1.0, 5.0)}, path)
-    return path
+from test_train_dit import AUTOENCODER, TRANSFORMER, make_dit, make_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
+    """One whose pixels change much with the latent."""
     torch.set_num_threads(1)
-    return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt")
+    path = make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.pt")
+    file = checkpoints.read(path)
+    file["model"]["decoder.conv_out.weight"] *= 8
+    checkpoints.save(file, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -73,48 +63,122 @@ def test_smoke_writes_samples_settings_and_a_grid(dit, tokenizer, tmp_path):
     facts = json.loads((tmp_path / "samples.json").read_text())
     assert facts["steps"] == 2 and facts["data"] == "shapes" and facts["data_seed"] == 0
     assert facts["sha256"][str(tokenizer)] == runtime.file_sha256(tokenizer)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "samples.json", "samples.npz"]
+    assert {*os.listdir(tmp_path)} == {"grid.png", "samples.json", "samples.npz"}
     with Image.open(tmp_path / "grid.png") as grid:      # 8 pixels are enlarged to 64
         assert np.array_equal(np.asarray(grid)[64:128:8, 80:144:8], images[1])
 
 
 # ------------------------------------------------------------------------------
-# The integration, written out: guidance at half of the steps, and a time shift.
+# The way from noise to pixels, written out in plain PyTorch.  A grid of three times
+# t = k / 3 that is shifted by 0.5, to 0.5 t / (1 - 0.5 t), has the times 0, 0.2, 0.5, 1.
+
+SETTINGS = dict(
+    count=3, labels=[0, 1, 2], seed=5, sampler="euler", times=[0, 0.2, 0.5, 1], scale=3.0,
+    low=0.1, high=0.4, channels=4, guide=None, mean=(0.0, 1.0, 2.0, 3.0), std=(1.0, 2.0, 3.0, 4.0))
 
 
 @torch.no_grad()
-def plain_sampling(dit, tokenizer, mean, std, scale, channels=None, guide=None):
-    """Three steps of Euler at t = k / 3, shifted by 0.5, for the labels 0, 1 and 2."""
-    y, null = torch.arange(3), torch.full((3,), 10)
-    draws = [runtime.generator(5, "sample", i) for i in range(3)]
-    z = torch.stack([torch.randn(4, 4, 4, generator=draw) for draw in draws])
-    times = [0.5 * k / 3 / (1 - 0.5 * k / 3) for k in range(4)]         # 0, 0.2, 0.5, 1
-    for t, t_next in zip(times, times[1:]):
-        v = dit(z, torch.full((3,), t), y)
-        if 0.1 <= t <= 0.4:
-            weak = (guide or dit)(z, torch.full((3,), t), y if guide else null)
-            v[:, :channels] = weak[:, :channels] + scale * (v - weak)[:, :channels]
-        z = z + (t_next - t) * v
-    x_hat = tokenizer.decode(z * std[:, None, None] + mean[:, None, None])
-    return data.to_uint8(x_hat).permute(0, 2, 3, 1).numpy().astype(int)
+def plain_sampling(decoder, **changed) -> np.ndarray:
+    s = SimpleNamespace(**SETTINGS | changed)
+    y, null = torch.tensor(s.labels), torch.full((s.count,), 10)
+
+    def noise(*stream):
+        return torch.stack([torch.randn(4, 4, 4, generator=runtime.generator(
+            s.seed, "sample", i, *stream)) for i in range(s.count)])
+
+    def velocity(z, t):
+        times = torch.full((s.count,), t)
+        v = s.net(z, times, y)
+        if s.low <= t <= s.high:
+            weak = s.guide(z, times, y) if s.guide else s.net(z, times, null)
+            v[:, :s.channels] = (weak + s.scale * (v - weak))[:, :s.channels]
+        return v
+
+    z = noise()
+    for k, (t, t_next) in enumerate(zip(s.times, s.times[1:])):
+        step, last = t_next - t, t_next == 1
+        v = velocity(z, t)
+        if s.sampler == "heun" and not last:
+            v = (v + velocity(z + step * v, t_next)) / 2
+        if s.sampler == "sde":
+            v = v + t * v - z                   # v + (1 - t) score
+        z = z + step * v
+        if s.sampler == "sde" and not last:
+            z = z + math.sqrt(2 * (1 - t) * step) * noise("sde", k)
+    mean, std = (torch.tensor(a).view(4, 1, 1) for a in (s.mean, s.std))
+    x_hat = decoder.decode(z * std + mean)
+    pixels = (127.5 * (x_hat + 1)).round().clamp(0, 255)
+    return pixels.permute(0, 2, 3, 1).numpy().astype(int)
 
 
-FLAGS = ["--count", "3", "--batch", "2", "--steps", "3", "--shift", "0.5", "--seed", "5",
-         "--guidance", "3", "--interval", "0.1", "0.4"]
+@pytest.fixture(scope="module")
+def guide(tokenizer) -> Path:
+    return make_dit(tokenizer.with_name("guide.pt"), tokenizer, seed=1)
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_sampling_is_euler_with_guidance_written_out(dit, tokenizer, tmp_path, guided):
-    """The weights are the averaged ones, and the guide keeps the labels."""
-    other = make_dit(tmp_path / "guide.pt", tokenizer, seed=1)
-    nets = [checkpoints.load_dit(path)[0] for path in (dit, other)]
+# Of the SDE the last step is 0.04 long.  Without a shift it has the times 0, 0.48 and 0.96.
+# Shifted, t = 0.96 was u = 0.96 / (0.5 + 0.48), and half of it goes to 0.25 u / (1 - 0.25 u).
+U = 0.96 / 0.98
+SDE = [0, 0.25 * U / (1 - 0.25 * U), 0.96, 1]
+
+FLAGS = {   # and what they change
+    "--at-once 3": {},
+    "--preset plain --guidance 3": {},
+    "--device cpu --precision fp32": {},
+    "--seed 6": dict(seed=6),
+    "--labels random": dict(labels=torch.randint(
+        10, (3,), generator=runtime.generator(5, "sample labels")).tolist()),
+    "--steps 2": dict(times=[0, 1 / 3, 1]),
+    "--shift 1": dict(times=[0, 1 / 3, 2 / 3, 1]),
+    "--sampler heun": dict(sampler="heun"),
+    "--sampler heun --interval 0 1": dict(sampler="heun", low=0, high=1),
+    "--sampler sde": dict(sampler="sde", times=SDE),
+    "--sampler sde --shift 1 --interval 0.3 0.7": dict(
+        sampler="sde", times=[0, 0.48, 0.96, 1], low=0.3, high=0.7),
+    "--guidance 1": dict(scale=1),
+    "--guidance 0": dict(scale=0),
+    "--guidance 5": dict(scale=5),
+    "--interval 0.4 0.6": dict(low=0.4, high=0.6),
+    "--steps 2 --shift 1 --interval 0 0": dict(times=[0, 0.5, 1], low=0, high=0),
+    "--steps 2 --shift 1 --interval 0.5 0.5": dict(times=[0, 0.5, 1], low=0.5, high=0.5),
+    "--guide guide.pt": dict(guide="guide.pt"),
+    "--preset lightningdit --labels balanced": dict(channels=3),
+    "--class class3 --class 7": dict(labels=[3, 7, 3]),
+    "--class 4 --class 9 --labels random": dict(labels=[[4, 9][i] for i in torch.randint(
+        2, (3,), generator=runtime.generator(5, "sample labels"))]),
+    "--dit guide.pt": dict(net="guide.pt"),
+    "--latent-stats stats.pt": dict(mean=(0.5, 0.5, 0.5, 0.5), std=(1.0, 1.0, 2.0, 2.0)),
+    "--tokenizer copy.pt": {},
+}
+
+
+USUAL = ("--count 3 --at-once 2 --steps 3 --shift 0.5 --seed 5 --guidance 3 "
+         "--interval 0.1 0.4").split()
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_images_are_those_written_out(dit, guide, tokenizer, tmp_path, monkeypatch, flags):
+    """To one grey level, because the batches have other sizes.  Weights are the averaged ones."""
+    monkeypatch.chdir(tokenizer.parent)
+    checkpoints.save({"mean": torch.full((1, 4, 1, 1), 0.5),
+                      "std": torch.tensor([1.0, 1.0, 2.0, 2.0])}, Path("stats.pt"))
+    Path("copy.pt").write_bytes(tokenizer.read_bytes())
+    net, other = (checkpoints.load_dit(path)[0] for path in (dit, guide))
     decoder, _ = checkpoints.load_tokenizer(tokenizer)
-    found = draw(dit, tmp_path / "out", *FLAGS, *(["--guide", str(other)] if guided else []))
-    expected = plain_sampling(nets[0], decoder, torch.arange(4.0), torch.arange(1.0, 5.0), 3,
-                              guide=nets[1] if guided else None)
-    assert np.abs(found - expected).max() <= 1 and expected.std() > 5
-    without = draw(dit, tmp_path / "without", *FLAGS, "--guidance", "1")
-    assert np.abs(found - without).max() > 5
+    changed = {k: other if v == "guide.pt" else v for k, v in FLAGS[flags].items()}
+    usual, expected = plain_sampling(decoder, net=net), plain_sampling(
+        decoder, **{"net": net} | changed)
+    found = draw(dit, tmp_path, *USUAL, *flags.split())
+    assert np.abs(found - expected).max() <= 1
+    assert np.load(tmp_path / "samples.npz")["arr_1"].tolist() == changed.get("labels", [0, 1, 2])
+    assert (np.abs(expected - usual).max() > 5) == bool(FLAGS[flags])
+
+
+def test_every_flag_is_tested():
+    """Those of the last line by other tests of this file.  Guided channels are no flag."""
+    args = vars(sample.parse([])).keys() - {"cfg_channels"}
+    flags = {"--" + name.replace("_", "-").replace("classes", "class") for name in args}
+    assert flags <= {*" ".join(FLAGS).split(), "--count", "--out", "--smoke"}
 
 
 def test_published_files_need_a_tokenizer_and_statistics(dit, tokenizer, tmp_path, monkeypatch,
@@ -129,9 +193,11 @@ def test_published_files_need_a_tokenizer_and_statistics(dit, tokenizer, tmp_pat
     checkpoints.save({"mean": torch.zeros(1, 4, 1, 1), "std": torch.ones(1, 4, 1, 1)}, stats)
     flags = ["--dit", str(tmp_path / "lightningdit.pt"), "--tokenizer", str(tmp_path / "vavae.pt"),
              "--latent-stats", str(stats)]
-    found = draw(Path(flags[1]), tmp_path / "out", "--preset", "lightningdit", *flags[2:], *FLAGS)
-    nets = checkpoints.load_dit(dit)[0], checkpoints.load_tokenizer(tokenizer)[0]
-    expected = plain_sampling(*nets, torch.zeros(4), torch.ones(4), 3, channels=3)
+    found = draw(Path(flags[1]), tmp_path / "out", "--preset", "lightningdit", *flags[2:],
+                 *USUAL, "--labels", "balanced")
+    expected = plain_sampling(
+        checkpoints.load_tokenizer(tokenizer)[0], net=checkpoints.load_dit(dit)[0],
+        mean=(0.0,) * 4, std=(1.0,) * 4, channels=3)
     assert np.abs(found - expected).max() <= 1 and expected.std() > 5
     assert json.loads((tmp_path / "out/samples.json").read_text())["data"] is None
     assert "give --tokenizer" in refused(capsys, *flags[:2])
@@ -141,44 +207,20 @@ def test_published_files_need_a_tokenizer_and_statistics(dit, tokenizer, tmp_pat
 
 
 # ------------------------------------------------------------------------------
-# Every image has its own noise.
-
-
-@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
-def test_image_i_is_the_same_in_any_batch(dit, tmp_path, sampler):
-    """To one grey level, because sums over another batch may round otherwise."""
-    flags = ["--guidance", "1.5", "--sampler", sampler, "--steps", "3"]
-    whole = draw(dit, tmp_path / "a", "--batch", "5", *flags)
-    parts = draw(dit, tmp_path / "b", "--batch", "2", *flags)
-    fewer = draw(dit, tmp_path / "c", "--count", "3", *flags)
-    assert np.abs(whole - parts).max() <= 1 and np.abs(whole[:3] - fewer).max() <= 1
-
-
-def test_the_samplers_are_those_of_flow(dit, tmp_path, monkeypatch):
-    """They differ, and the SDE's noise belongs to the image and to the step."""
-    images = [draw(dit, tmp_path / name, "--sampler", name) for name in ("euler", "heun", "sde")]
-    assert len({array.tobytes() for array in images}) == 3
-    seen = []
-
-    def spy(velocity_fn, x, steps, shift, *, noise_fn):
-        seen.append(noise_fn(4))
-        return x
-
-    monkeypatch.setattr(flow, "euler_maruyama", spy)
-    draw(dit, tmp_path / "spy", "--sampler", "sde", "--seed", "7")
-    expected = torch.randn(4, 4, 4, generator=runtime.generator(7, "sample", 3, "sde", 4))
-    assert torch.equal(seen[1][0], expected)             # the second batch begins with image 3
+# Labels, and precision.
 
 
 def test_labels_are_balanced_or_drawn(dit, tmp_path):
-    labels = {}
-    for kind, count in (("balanced", 12), ("random", 200)):
-        draw(dit, tmp_path / kind, "--labels", kind, "--count", str(count), "--batch", "200",
-             "--steps", "1")
-        labels[kind] = np.load(tmp_path / kind / "samples.npz")["arr_1"]
-    assert labels["balanced"].tolist() == [*range(10), 0, 1]
-    counts = np.bincount(labels["random"], minlength=10)
-    assert counts.sum() == 200 and 5 < counts.min() < 20 < counts.max() < 40
+    """Classes come in turn, or with the numbers of a stream; images depend on their label."""
+    drawn = torch.randint(10, (12,), generator=runtime.generator(0, "sample labels"))
+    found = {}
+    for kind, labels in (("balanced", [*range(10), 0, 1]), ("random", drawn.tolist())):
+        images = draw(dit, tmp_path / kind, "--labels", kind, "--count", "12", "--batch", "5")
+        assert np.load(tmp_path / kind / "samples.npz")["arr_1"].tolist() == labels
+        found[kind] = images, np.array(labels)
+    equal = found["balanced"][1] == found["random"][1]
+    moved = np.abs(found["balanced"][0] - found["random"][0]).max((1, 2, 3))
+    assert equal.any() and (moved[equal] <= 1).all() and (moved[~equal] > 1).all()
 
 
 def test_the_state_stays_fp32_where_the_networks_run_in_bf16(dit, tmp_path, monkeypatch):
@@ -239,6 +281,7 @@ def test_other_settings_or_files_make_other_images(dit, tokenizer, tmp_path):
 def test_two_processes_share_the_parts(dit, tmp_path, monkeypatch):
     """Two parts, and the second process first: it leaves the end to the other one."""
     whole = draw(dit, tmp_path / "whole")
+    monkeypatch.setattr(runtime, "claim", lambda *given: None)      # there is no other process
     start = ["--smoke", "--dit", str(dit), "--out", str(tmp_path / "out")]
     for rank in (1, 0):
         place = runtime.Runtime(torch.device("cpu"), rank, world=2)
@@ -261,7 +304,12 @@ def test_two_processes_share_the_parts(dit, tmp_path, monkeypatch):
      dict(count=50_000, steps=250, guidance=1.45, interval=[0.13, 1.0], cfg_channels=0)),
     (["--preset", "lightningdit"],
      dict(count=50_000, steps=249, guidance=6.7, interval=[0.125, 1.0], cfg_channels=3,
-          shift=0.3, precision="fp32"))])
+          shift=0.3, precision="fp32", labels="random")),
+    (["--preset", "lightningdit-64"],
+     dict(count=50_000, steps=249, guidance=10.0, interval=[0.11, 1.0], cfg_channels=3,
+          shift=0.3, precision="fp32", labels="random")),
+    (["--preset", "lightningdit-plain"],
+     dict(steps=249, guidance=1.0, shift=0.3, precision="fp32", labels="random"))])
 def test_presets_are_defaults(flags, expected):
     args = vars(sample.parse(flags))
     assert {key: args[key] for key in expected} == expected
@@ -293,7 +341,7 @@ def test_wrong_input_is_one_line(dit, tmp_path, capsys, flags, message):
 def test_what_is_not_finite_is_not_written(tokenizer, tmp_path, capsys):
     path = make_dit(tmp_path / "dit.pt", tokenizer)
     state = checkpoints.read(path)
-    state["ema"]["final_layer.linear.bias"][0] = float("nan")
+    state["ema"]["final_layer.linear.bias"][3] = 3e38       # which the deviation multiplies by 4
     checkpoints.save(state, path)
     capsys.readouterr()
     with pytest.raises(SystemExit):

@@ -2,7 +2,11 @@
 
 import json
 import math
-import statistics
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,16 +277,207 @@ def test_only_missing_arms_are_trained(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("VE*"))) == 2   # other settings are another file
 
 
-def test_a_wrong_path_is_refused_before_the_training(
-        tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+# ------------------------------------------------------------------------------
+# What the user, the disk and the terminal may do to it.
+
+
+def complaint(capsys: pytest.CaptureFixture, main: Callable, *flags: object) -> str:
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["--smoke", *map(str, flags)])
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    return line
+
+
+@pytest.mark.parametrize("command", [toy2d, toy_sweep])
+def test_wrong_flags_are_refused_before_the_training(
+        command, tmp_path: Path, capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy2d, "run_arm", None)
     (tmp_path / "file").touch()
-    for flags in (["--out", f"{tmp_path}/file/x"],
-                  ["--out", f"{tmp_path}/out", "--json", f"{tmp_path}/file/a.json"]):
-        with pytest.raises(SystemExit) as stop:
-            toy2d.main(["--smoke", *flags])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and "file" in error
-    assert not list(tmp_path.glob("**/*.pt"))
+    for flags in (["--out", tmp_path / "file/x"],
+                  ["--out", tmp_path / "out", "--json", tmp_path / "file/a.json"]):
+        assert "file" in complaint(capsys, command.main, *flags)
+    seed = "--seeds" if command is toy2d else "--seed"
+    assert f"argument {seed}: -1 is not" in complaint(capsys, command.main, seed, "-1")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def damage(path: Path, other: Path, how: str) -> None:
+    if how == "of another arm":
+        shutil.copy(other, path)
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif how in ("a list", "foreign"):
+        torch.save([1] if how == "a list" else {"arm": torch.ones(2)}, path)
+    else:
+        kept = {"empty": 0, "truncated": 2000, "text": 0}[how]
+        path.write_bytes(path.read_bytes()[:kept] + b"text" * (how == "text"))
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "text", "a list", "foreign",
+                                 "of another arm", "a folder"])
+def test_a_damaged_arm_is_named_before_the_training(
+        how: str, tmp_path: Path, capsys: pytest.CaptureFixture,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy2d, "SMOKE", TINY)
+    toy2d.run([KL, VE], TINY, toy2d.CPU, tmp_path / "arms")
+    ve, kl = sorted(tmp_path.glob("arms/*.pt"), reverse=True)
+    damage(ve, kl, how)
+    monkeypatch.setattr(toy2d, "run_arm", None)   # two arms are missing
+    assert str(ve) in complaint(capsys, toy2d.main, "--device", "cpu", "--out", tmp_path)
+    assert set(tmp_path.rglob("*")) == {ve.parent, ve, kl}
+
+
+def full(*_, **__) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("owner, name", [
+    (torch, "save"), (toy2d.plt.Figure, "savefig"), (runtime.json, "dumps")])
+def test_a_full_disk_is_one_line(
+        owner, name: str, smoke: tuple[Path, dict], tmp_path: Path,
+        capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "save":
+        monkeypatch.setattr(toy2d, "SMOKE", TINY)
+    else:
+        shutil.copytree(smoke[0] / "arms", tmp_path / "arms")
+    before = {*tmp_path.rglob("*"), tmp_path / "arms"}
+    monkeypatch.setattr(owner, name, full)
+    flags = "--seeds", "3", "5", "--device", "cpu", "--out", tmp_path
+    assert "cannot be written (No space left" in complaint(capsys, toy2d.main, *flags)
+    assert set(tmp_path.rglob("*")) - before <= {tmp_path / "toy2d.json"}
+
+
+def in_a_fork(tmp_path: Path, action: Callable) -> int:
+    """Begin this in a process, and a session, of its own; its stderr goes to a file."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setsid()
+            os.dup2(os.open(tmp_path / "stderr", os.O_CREAT | os.O_WRONLY), 2)
+            runtime.sys.stderr = os.fdopen(2, "w")
+            action()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            os._exit(status)
+    return pid
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def about(pid: int, fact: str) -> str:
+    """A line of what Linux says of a process; a zombie has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return "Z"
+    return next(line.split()[1] for line in lines if line.startswith(fact))
+
+
+def is_alive(pid: int) -> bool:
+    return about(pid, "State:") != "Z"
+
+
+def exit_status(pid: int, *others: int) -> int:
+    """Of a process that ought to end now, and these others too; here all of them do."""
+    everybody = pid, *others
+    try:
+        assert wait_for(lambda: not any(map(is_alive, everybody)), 30)
+    finally:
+        for process in filter(is_alive, everybody):
+            os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+LONG = TINY | dict(tokenizer_steps=10**9)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="has no /proc")
+
+
+def three_arms(folder: Path, event: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Prepare main to begin three endless arms in two processes, and then an event.
+
+    Returns the file of the fourth arm, which is there already.  The ids of the
+    processes will be in the file "pids".
+    """
+    monkeypatch.setattr(toy2d, "SMOKE", LONG)
+    with monkeypatch.context() as untrained:
+        untrained.setattr(toy2d, "train", lambda *_: None)
+        toy2d.run([KL], LONG, toy2d.CPU, folder / "arms")
+    begun = toy2d.as_completed
+
+    def after_the_begin(arms: list) -> object:
+        workers = toy2d.multiprocessing.active_children()
+        with runtime.atomic(folder / "pids") as temporary:
+            temporary.write_text(" ".join(str(worker.pid) for worker in workers))
+        event()
+        return begun(arms)
+
+    monkeypatch.setattr(toy2d, "as_completed", after_the_begin)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    path, = folder.glob("arms/*.pt")
+    return path
+
+
+def begin(folder: Path) -> tuple[int, list[int]]:
+    """The process of the command, and those of its arms."""
+    pid = in_a_fork(folder, lambda: toy2d.main(
+        ["--smoke", "--device", "cpu", "--out", str(folder)]))
+    assert wait_for((folder / "pids").exists, 30)
+    return pid, list(map(int, (folder / "pids").read_text().split()))
+
+
+def signal_to_all(number: int) -> Callable:
+    """As a terminal does it.  The processes import, and must not say so if it is Ctrl-C."""
+    def event() -> None:
+        for worker in toy2d.multiprocessing.active_children():
+            assert int(about(worker.pid, "SigBlk:"), 16) & 1 << signal.SIGINT - 1
+        os.killpg(0, number)
+    return event
+
+
+@needs_proc
+@pytest.mark.parametrize("event, status, said", [
+    (signal_to_all(signal.SIGINT), 130, "stopped; the same command goes on"),
+    (signal_to_all(signal.SIGTERM), 143, "stopped; the same command goes on"),
+    (lambda: toy2d.multiprocessing.active_children()[0].kill(), 2, "error: the process of")],
+    ids=["SIGINT", "SIGTERM", "a killed process"])
+def test_what_ends_it_ends_its_processes_and_is_one_line(
+        event: Callable, status: int, said: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    path = three_arms(tmp_path, event, monkeypatch)
+    kept = path.stat().st_mtime_ns
+    pid, workers = begin(tmp_path)
+    assert exit_status(pid, *workers) == status
+    line, = (tmp_path / "stderr").read_text().splitlines()
+    assert line.startswith(f"toy2d.py: {said}")
+    assert len(workers) == 2
+    assert set(tmp_path.rglob("*")) == {
+        path.parent, path, tmp_path / "pids", tmp_path / "stderr"}
+    assert path.stat().st_mtime_ns == kept
+
+
+@needs_proc
+def test_processes_end_when_the_command_is_killed(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    three_arms(tmp_path, lambda: None, monkeypatch)
+    pid, workers = begin(tmp_path)
+    # They leave the session of the command when they are ready.
+    ready = wait_for(lambda: all(os.getsid(worker) == worker for worker in workers), 60)
+    os.kill(pid, signal.SIGKILL)
+    gone = wait_for(lambda: not any(map(is_alive, workers)), 5)
+    assert exit_status(pid, *workers) == -signal.SIGKILL and ready and gone
 
 
 # ------------------------------------------------------------------------------
@@ -352,3 +547,7 @@ def test_sweep_runs_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert all(f"| {name} |" in printed for name in names)
     assert {p.name for p in tmp_path.glob("*.*")} == {
         "toy2d_figure3.png", "toy2d_figure4.png", "toy2d_sweep.json"}
+    monkeypatch.setattr(toy2d.plt.Figure, "savefig", full)
+    said = complaint(capsys, toy_sweep.main, "--out", tmp_path)
+    assert "toy2d_figure3.png cannot be written (No space" in said
+    assert len(list(tmp_path.iterdir())) == 4

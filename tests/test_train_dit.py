@@ -1,18 +1,24 @@
-"""The transformer's stage: three steps against plain PyTorch, the sources of
-latents, the optimisers, going on after an interruption, two processes, and wrong
-input.  The networks are tiny, and the images have 8 x 8 pixels.
+"""The transformer's stage: three steps against plain PyTorch for every preset and
+flag, the sources of latents, going on after an interruption, two processes, and
+wrong input.  The networks are tiny, and the images have 8 x 8 pixels.
 """
 
+import functools
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
@@ -26,6 +32,7 @@ import train_dit
 ROOT = Path(__file__).parents[1]
 AUTOENCODER = dict(arch="conv", ch=8, ch_mult=(1, 2), num_res_blocks=1,
                    attn_resolutions=(), resolution=8, z_channels=4)
+TRANSFORMER = dict(depth=2, width=32, heads=2, in_channels=4, input_size=4, num_classes=10)
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +42,33 @@ def small(monkeypatch):
         depth=2, width=32, heads=2))
 
 
-def make_tokenizer(path: Path, **changed) -> Path:
+def make_tokenizer(path: Path, seed: int = 0, **changed) -> Path:
     """A checkpoint of a tokenizer that has seen nothing yet."""
     torch.manual_seed(0)
     net = models.build_tokenizer(AUTOENCODER | dict(noise="learned", sigma=0.0) | changed)
     with torch.no_grad():
         net.encode(torch.zeros(1, 3, 8, 8))
     checkpoints.save({
-        "kind": "tokenizer", "config": dict(data="shapes", size=8, seed=0), "step": 0,
+        "kind": "tokenizer", "config": dict(data="shapes", size=8, seed=seed), "step": 0,
         "model_config": net.config, "model": net.state_dict(),
         "latent_mean": torch.zeros(4), "latent_std": torch.ones(4)}, path)
+    return path
+
+
+def make_dit(path: Path, tokenizer: Path, seed: int = 0, **changed) -> Path:
+    """A checkpoint in which no weight is zero after averaging, and all are zero before."""
+    torch.manual_seed(seed)
+    net = models.build_dit(models.DITS["demo"] | TRANSFORMER | changed)
+    for p in net.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    classes = [f"class{i}" for i in range(net.config["num_classes"])]
+    checkpoints.save({
+        "kind": "dit", "step": 7, "config": {"data": "shapes"}, "model_config": net.config,
+        "model": {name: 0 * value for name, value in net.state_dict().items()},
+        "ema": net.state_dict(), "classes": classes,
+        "tokenizer": {"path": str(tokenizer), "sha256": runtime.file_sha256(tokenizer)},
+        "latent_mean": torch.arange(4.0), "latent_std": torch.arange(1.0, 5.0)}, path)
     return path
 
 
@@ -106,103 +130,312 @@ def test_smoke_writes_a_checkpoint_that_rebuilds_itself(tokenizer, tmp_path):
 
 
 # ------------------------------------------------------------------------------
-# Three steps, written out.  The flags are all different from what they are by
-# default, and the smoke preset gets a warm-up of two steps and a cooldown.
+# Three steps, written out in plain PyTorch: the definition of the training.  There
+# are 64 shapes, four in a batch.  No weight starts at zero, so that each of them
+# has a gradient from the first step on.
 
-FLAGS = ["--steps", "3", "--accumulate", "2", "--betas", "0.8", "0.9", "--clip", "0.5",
-         "--ema", "0.3", "--cosine-weight", "0.7", "--label-dropout", "0.5", "--seed", "3",
-         "--t-shift", "0.6", "--lr", "0.01"]
-RATES = 0.005, 0.01, 0.01 * 2 / 3       # warm-up (k + 1) / 2, cooldown (3 - k) / 1.5
-
-
-def plain_posteriors(path: Path, indices: torch.Tensor, flipped: torch.Tensor):
-    """mean, std and label of shapes, or of their mirror images, as fp16 keeps them."""
-    net, _ = checkpoints.load_tokenizer(path)
-    pixels, y, _ = data.Shapes(8, "train").render_batch(indices.numpy())
-    x = pixels / 127.5 - 1
-    x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-    with torch.no_grad():
-        mean, logvar = net.posterior(x)
-    return mean.half().float(), logvar.exp().sqrt().half().float(), y
+SETTINGS = dict(
+    steps=3, batch=4, seed=0, model="demo", latent="sample", noise="learned", muon=False,
+    lr=0.1, warmup=100, cooldown=0.0, betas=(0.9, 0.95), clip=1.0, ema=0.999, ramp=True,
+    uniform_t=False, shift=1.0, cosine=1.0, dropout=0.1, init=None)
+MUON = r"blocks\.\d\.(attn\.qkv|attn\.proj|mlp\.w12|mlp\.w3|mlp\.fc1|mlp\.fc2)\.weight"
 
 
-def plain_training(path: Path, optimizer: str, noise: str, uniform: bool, sampled: bool):
-    def randn(*shape, stream, step, draw=torch.randn):
-        return draw(*shape, generator=runtime.generator(3, stream, step))
+@functools.cache
+def plain_training(path: Path, **changed) -> dict:
+    """Weights at the start and at the end, their average, and the lines of the log."""
+    s = SimpleNamespace(**SETTINGS | changed)
+    rt = runtime.Runtime(torch.device("cpu"))
+    tokenizer, _ = checkpoints.load_tokenizer(path)
+    images = data.Shapes(8, "train", seed=1)
+    images.length = 64
 
-    everything = torch.arange(64).repeat(2), torch.arange(128) >= 64
-    mean, std, _ = plain_posteriors(path, *everything)
-    channels = mean.transpose(0, 1).flatten(1)
-    centre, spread = channels.mean(1), channels.var(1, unbiased=False)
-    if sampled:
-        spread = spread + std.square().mean((0, 2, 3))
-    torch.manual_seed(3)
-    dit = models.build_dit(models.DITS["demo"] | dict(
+    def encode(x):
+        mean, logvar = tokenizer.posterior(x)
+        return mean, torch.exp(logvar / 2)
+
+    # The latents' mean and deviation in each channel, over images and mirror images.
+    latents = data.cache_latents(path.parent / "plain", images, encode, {"of": path.stem}, 64)
+    both = [latents.read(np.arange(64), np.full(64, side)) for side in (0, 1)]
+    mean, std = torch.cat(both).double().unbind(1)
+    centre = mean.mean((0, 2, 3), keepdim=True)
+    variance = (mean - centre).square().mean((0, 2, 3), keepdim=True)
+    if s.latent == "sample":
+        variance = variance + std.square().mean((0, 2, 3), keepdim=True)
+    centre, spread = centre.float(), variance.sqrt().float()
+
+    torch.manual_seed(s.seed)
+    dit = models.build_dit(models.DITS[s.model] | dict(
         in_channels=4, input_size=4, num_classes=10))
-    ema = {name: p.detach().clone() for name, p in dit.named_parameters()}
-    names = ["attn.qkv", "attn.proj", "mlp.w12", "mlp.w3"] if optimizer == "muon" else []
-    hidden = [dit.get_parameter(f"blocks.{i}.{name}.weight") for i in (0, 1) for name in names]
-    rest = [p for p in dit.parameters() if not any(p is q for q in hidden)]
-    steppers = [torch.optim.AdamW(rest, lr=1, betas=(0.8, 0.9), weight_decay=0)]
-    if hidden:
-        steppers.append(torch.optim.Muon(hidden, lr=1, weight_decay=0,
-                                         adjust_lr_fn="match_rms_adamw"))
-    log = []
-    for step, rate in enumerate(RATES):
-        places = np.arange(4 * step, 4 * step + 4)
-        order = torch.from_numpy(data.epoch_order(64, 3, 0)[places])
-        flipped = torch.from_numpy(data.uniform(3, 2, places, 3)[:, 2] < 0.5)
-        z, std, y = plain_posteriors(path, order, flipped)
-        if sampled:
-            scale = randn(4, stream="scale", step=step) if noise == "gaussian" else torch.ones(4)
-            noise_of_z = randn(4, 4, 4, 4, stream="posterior", step=step)
-            z = z + scale[:, None, None, None] * std * noise_of_z
-        z = (z - centre[:, None, None]) / spread.sqrt()[:, None, None]
-        eps = randn(4, 4, 4, 4, stream="eps", step=step)
-        t = (randn(4, stream="t", step=step, draw=torch.rand) if uniform
-             else 1 / (1 + torch.exp(-randn(4, stream="t", step=step))))
-        t = 0.6 * t / (1 - 0.4 * t)
-        y[randn(4, stream="labels", step=step, draw=torch.rand) < 0.5] = 10
-        part = t[:, None, None, None]
-        v, v_hat = z - eps, dit(part * z + (1 - part) * eps, t, y)
-        cosine = (v * v_hat).sum(1) / (v.norm(dim=1) * v_hat.norm(dim=1).clamp(min=1e-8))
+    if s.init:
+        dit, _ = checkpoints.load_dit(path.parent / s.init)
+    weights = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    ema = start = {name: p.detach().clone() for name, p in weights.items()}
+    matrices = {name for name in weights if s.muon and re.fullmatch(MUON, name)}
+    optimizers = [torch.optim.AdamW(
+        [p for name, p in weights.items() if name not in matrices],
+        betas=s.betas, eps=1e-8, weight_decay=0, fused=True)]
+    if s.muon:
+        optimizers.append(torch.optim.Muon(
+            [weights[name] for name in sorted(matrices)], momentum=0.95, nesterov=True,
+            ns_steps=5, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+
+    log, batches = [], data.latent_batches(latents, s.batch, s.seed)
+    for step in range(s.steps):
+        batch = next(batches)
+        z, std, y = batch["mean"], batch["std"], batch["y"]
+        if s.latent == "sample":
+            if s.noise == "gaussian":
+                scale = runtime.global_randn((s.batch,), rt, s.seed, "scale", step)
+                std = std * scale.view(-1, 1, 1, 1)
+            z = z + std * runtime.global_randn(z.shape, rt, s.seed, "posterior", step)
+        z = (z - centre) / spread
+        eps = runtime.global_randn(z.shape, rt, s.seed, "eps", step)
+        if s.uniform_t:
+            t = runtime.global_rand(s.batch, rt, s.seed, "t", step)
+        else:
+            t = torch.sigmoid(runtime.global_randn((s.batch,), rt, s.seed, "t", step))
+        t = s.shift * t / (1 + (s.shift - 1) * t)
+        y[runtime.global_rand(s.batch, rt, s.seed, "labels", step) < s.dropout] = 10
+
+        a = t.view(-1, 1, 1, 1)
+        v, v_hat = z - eps, dit(a * z + (1 - a) * eps, t, y)
+        errors = (v_hat - v).square().mean((1, 2, 3))
+        loss = errors.mean() + s.cosine * (1 - F.cosine_similarity(v_hat, v, dim=1)).mean()
+        gradients = torch.autograd.grad(loss, [*weights.values()])
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        rate = s.lr * min(1, (step + 1) / s.warmup)
+        if s.cooldown:
+            rate = min(rate, s.lr * (s.steps - step) / (s.cooldown * s.steps))
+        for p, g in zip(weights.values(), gradients):
+            p.grad = g * (s.clip / (norm + 1e-6)).clamp(max=1)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+        decay = min(s.ema, (1 + step) / (10 + step)) if s.ramp else s.ema
+        ema = {name: decay * ema[name] + (1 - decay) * p.detach() for name, p in weights.items()}
+        by_t = [errors[(10 * t).long() == b] for b in range(10)]
+        log.append({"lr": rate, "grad_norm": norm.item(), "velocity": errors.mean().item(),
+                    "by_t": [e.mean().item() if len(e) else None for e in by_t]})
+    return {"model": {name: p.detach() for name, p in weights.items()}, "ema": ema,
+            "start": start, "statistics": (centre.flatten(), spread.flatten()), "log": log}
+
+
+@pytest.fixture
+def lively(monkeypatch):
+    """Networks of two blocks in every row, whose weights start with a deviation of 0.2."""
+    def initialize(dit):
         for p in dit.parameters():
-            p.grad = None
-        velocity = (v - v_hat).square().mean()
-        (velocity + 0.7 * (1 - cosine).mean()).backward()
-        grads = [p.grad for p in dit.parameters() if p.grad is not None]
-        norm = torch.cat([g.flatten() for g in grads]).norm().item()
-        log.append((pytest.approx(rate), pytest.approx(velocity.item(), rel=1e-4),
-                    pytest.approx(norm, rel=1e-3)))
-        for g in grads:
-            g.mul_(min(1, 0.5 / norm))
-        for stepper in steppers:
-            stepper.param_groups[0]["lr"] = rate
-            stepper.step()
-        for name, p in dit.named_parameters():
-            ema[name] += (1 - min(0.3, (1 + step) / (10 + step))) * (p.detach() - ema[name])
-    return dict(dit.named_parameters()), ema, log
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=0.2)
+
+    monkeypatch.setattr(models.DiT, "initialize", initialize)
+    for name, row in models.DITS.items():
+        monkeypatch.setitem(models.DITS, name, row | dict(depth=2, width=32, heads=2))
+    for name, row in train_dit.PRESETS.items():
+        monkeypatch.setitem(train_dit.PRESETS, name, row | dict(
+            shapes=64, log_every=1, grid_steps=2))
 
 
-@pytest.mark.parametrize("optimizer, noise, flags", [
-    ("adamw", "learned", []),
-    ("muon", "gaussian", ["--t", "uniform"]),
-    ("adamw", "fixed", ["--latent", "mean"])])
-def test_three_steps_are_those_written_out(tmp_path, monkeypatch, optimizer, noise, flags):
-    monkeypatch.setitem(train_dit.SMOKE, "warmup", 2)
-    monkeypatch.setitem(train_dit.SMOKE, "cooldown", 0.5)
-    path = make_tokenizer(tmp_path / "tokenizer.pt", noise=noise, sigma=0.4)
-    state = train(path, tmp_path / "run", "--optimizer", optimizer, *FLAGS, *flags)
-    model, ema, log = plain_training(
-        path, optimizer, noise, "uniform" in flags, "mean" not in flags)
-    assert len(state["optimizers"]) == (2 if optimizer == "muon" else 1)
-    for name, p in model.items():
-        # Muon computes in bf16; a step of it moves a matrix by about 0.2 times the rate.
-        tolerance = 2e-4 if optimizer == "muon" and name.startswith("blocks") else 2e-6
-        for found, expected in ((state["model"], p.detach()), (state["ema"], ema[name])):
-            assert (found[name] - expected).square().mean().sqrt() < tolerance, name
-    keys = "lr", "velocity", "grad_norm"
-    assert [tuple(line[k] for k in keys) for line in read_log(tmp_path / "run")[1:]] == log
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A folder with a tokenizer of each kind, and with caches of their latents."""
+    folder = tmp_path_factory.mktemp("home")
+    for noise in ("learned", "fixed", "gaussian", "none"):
+        make_tokenizer(folder / f"{noise}.pt", seed=1, noise=noise, sigma=0.4)
+    make_dit(folder / "init.pt", folder / "learned.pt", family="sit")
+    return folder
+
+
+def three_steps(path: Path, out: Path, *flags: str) -> dict:
+    train_dit.main([
+        "--tokenizer", str(path), "--cache", str(path.parent / "cache"), "--out", str(out),
+        "--steps", "3", "--batch", "4", "--workers", "0", "--device", "cpu", *flags])
+    return checkpoints.read(out / "checkpoint.pt", "dit") | {"log": read_log(out)[1:]}
+
+
+def difference(a: dict, b: dict, names: Iterable[str]) -> float:
+    """Of these weights: the root of the mean square."""
+    gaps = torch.cat([(a[name] - b[name]).flatten() for name in names])
+    return gaps.square().mean().sqrt().item()
+
+
+def check(found: dict, expected: dict, tolerance: float) -> None:
+    """tolerance: as a share of what the steps have moved the weights.
+
+    Muon moves its matrices a fifth as far as AdamW moves the rest.
+    """
+    matrices = {name for name in expected["start"] if re.fullmatch(MUON, name)}
+    for key in ("model", "ema"):
+        for names in (matrices, expected["start"].keys() - matrices):
+            moved = difference(expected["start"], expected[key], names)
+            assert difference(found[key], expected[key], names) < tolerance * moved, key
+    assert all(o["param_groups"][0]["weight_decay"] == 0 for o in found["optimizers"])
+    for key, known in zip(("latent_mean", "latent_std"), expected["statistics"]):
+        assert_close(found[key], known, rtol=1e-6, atol=1e-6)
+    for line, known in zip(found["log"], expected["log"], strict=True):
+        assert line["by_t"] == [b and pytest.approx(b, rel=1e-3) for b in known["by_t"]]
+        for key in ("lr", "velocity", "grad_norm"):
+            assert line[key] == pytest.approx(known[key], rel=1e-3), key
+
+
+# Where every sum is taken in the same order, the weights have the same bits.  Elsewhere
+# rounding is amplified: by Muon, which computes in bf16, and by AdamW where a gradient is
+# nothing but rounding, as that of the keys' biases in a SiT.
+TOLERANCE = {"adamw": 1e-3, "sit": 1e-2, "muon": 0.1}
+
+
+@pytest.mark.parametrize("preset, noise, kind, settings", [
+    ("demo", "learned", "adamw", dict(model="shapes", lr=4e-3, cooldown=1.0, latent="mean")),
+    ("small", "gaussian", "adamw", dict(lr=1e-3)),
+    ("photos", "learned", "adamw", dict(model="S", lr=2e-4)),
+    ("lightningdit-b", "learned", "adamw", dict(model="B", lr=2e-4, ramp=False)),
+    ("lightningdit-b-plus", "none", "adamw", dict(model="B", lr=2e-4, ramp=False)),
+    ("dit-b", "fixed", "sit", dict(
+        model="DiT-B", lr=2e-4, ramp=False, uniform_t=True, cosine=0.0)),
+    ("lightningdit-xl-sota", "learned", "muon", dict(
+        model="XL", lr=1.8e-4, ramp=False, muon=True))])
+def test_three_steps_of_a_preset(home, tmp_path, lively, monkeypatch, preset, noise, kind,
+                                 settings):
+    """Their warm-up is made two steps long, and the memory of the average as short."""
+    monkeypatch.setitem(train_dit.PRESETS, preset, train_dit.PRESETS[preset] | {"warmup": 2})
+    path = home / f"{noise}.pt"
+    found = three_steps(path, tmp_path / "run", "--preset", preset, "--ema", "0.5")
+    check(found, plain_training(path, noise=noise, warmup=2, ema=0.5, **settings), TOLERANCE[kind])
+
+
+FLAGS = {   # and what they change in three steps of "small" with a rate of 0.1
+    "--accumulate 2": {},
+    "--steps 2": dict(steps=2),
+    "--epochs 0.125": dict(steps=2),
+    "--init init.pt": dict(init="init.pt"),
+    "--batch 6 --accumulate 3": dict(batch=6),
+    "--seed 3": dict(seed=3),
+    "--model SiT-S/2": dict(model="SiT-S/2"),
+    "--latent mean": dict(latent="mean"),
+    "--optimizer muon": dict(muon=True),
+    "--optimizer muon --model DiT-B": dict(muon=True, model="DiT-B"),
+    "--lr 0.2": dict(lr=0.2),
+    "--betas 0.8 0.95": dict(betas=(0.8, 0.95)),
+    "--betas 0.9 0.8": dict(betas=(0.9, 0.8)),
+    "--clip 12": dict(clip=12),
+    "--clip 1000": dict(clip=1000),
+    "--ema 0.15": dict(ema=0.15),
+    "--t uniform": dict(uniform_t=True),
+    "--shift 0.6": dict(shift=0.6),
+    "--cosine-weight 0": dict(cosine=0),
+    "--cosine-weight 0.3": dict(cosine=0.3),
+    "--label-dropout 0": dict(dropout=0),
+    "--label-dropout 0.5": dict(dropout=0.5),
+    "--label-dropout 0.9999": dict(dropout=0.9999),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_three_steps_with_a_flag(home, tmp_path, lively, monkeypatch, flags):
+    """The preset's warm-up of 100 steps is longer than the run."""
+    monkeypatch.chdir(home)
+    path, changed = home / "learned.pt", FLAGS[flags]
+    found = three_steps(path, tmp_path / "run", "--preset", "small", "--lr", "0.1", *flags.split())
+    kind = "muon" if "muon" in flags else "sit" if "SiT" in flags or "init" in flags else "adamw"
+    usual, expected = plain_training(path), plain_training(path, **changed)
+    check(found, expected, TOLERANCE[kind])
+    if changed and not {"model", "init"} & {*changed}:
+        names = expected["ema"].keys()
+        moved = difference(expected["start"], expected["ema"], names)
+        assert difference(expected["ema"], usual["ema"], names) > 3 * TOLERANCE[kind] * moved
+
+
+def test_a_transformer_for_other_classes_keeps_all_but_their_embeddings(home, tmp_path, lively):
+    """Its last embedding, of no class, is kept too."""
+    make_dit(tmp_path / "init.pt", home / "learned.pt", num_classes=7)
+    state = three_steps(home / "learned.pt", tmp_path / "run", "--init", str(tmp_path / "init.pt"),
+                        "--lr", "1e-12")
+    known = checkpoints.read(tmp_path / "init.pt")["ema"]
+    name = "y_embedder.embedding_table.weight"
+    old, new = known.pop(name), state["model"].pop(name)
+    assert_close(state["model"], known)
+    assert new.shape == (11, 32) and torch.equal(new[10], old[7])
+    assert (new[:7] - old[:7]).abs().mean() > 0.1
+
+
+def test_the_picture_shows_samples_of_the_average(home, tmp_path, lively):
+    """Ten classes in rows of eight, after two steps of Euler from one noise."""
+    three_steps(home / "learned.pt", tmp_path / "run", "--preset", "small", "--lr", "0.1")
+    net, file = checkpoints.load_dit(tmp_path / "run/checkpoint.pt")     # the average
+    decoder, _ = checkpoints.load_tokenizer(home / "learned.pt")
+    z = torch.randn(80, 4, 4, 4, generator=runtime.generator(0, "picture"))
+    with torch.no_grad():
+        for t in (0.0, 0.5):
+            z = z + 0.5 * net(z, torch.full((80,), t), torch.arange(80) // 8)
+        mean, std = (file[name].view(4, 1, 1) for name in ("latent_mean", "latent_std"))
+        expected = data.to_uint8(decoder.decode(z * std + mean)).float()
+    with Image.open(tmp_path / "run/images/0000003.png") as image:
+        grid = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    # Tiles of 8 pixels have borders of 2 in front of them.
+    tiles = grid[:, 2:, 2:].unfold(1, 8, 10).unfold(2, 8, 10).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    assert (tiles - expected).abs().max() <= 1 and expected.std() > 5
+
+
+# ------------------------------------------------------------------------------
+# Flags that change no number of a run, and the precision, which changes all of them.
+
+
+def test_flags_that_change_no_number(home, tmp_path, lively, monkeypatch):
+    seen, forward, loader = [], models.DiT.forward, torch.utils.data.DataLoader
+    usual = three_steps(home / "learned.pt", tmp_path / "usual")
+    monkeypatch.setattr(models.Block, "compile", lambda block: seen.append("compiled"))
+    monkeypatch.setattr(models.DiT, "forward", lambda dit, *inputs: (
+        seen.append("recompute" if dit.recompute else "keep") or forward(dit, *inputs)))
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *inputs, num_workers, **more: (
+        seen.append(f"{num_workers} worker") or loader(*inputs, num_workers=1, **more)))
+    found = three_steps(
+        home / "learned.pt", tmp_path / "run", "--save-every", "1", "--recompute", "--compile",
+        "--workers", "1", "--precision", "fp32", "--cache", str(tmp_path / "cache"))
+    for key in ("model", "ema", "optimizers", "log"):
+        assert_same(found[key], usual[key])
+    assert seen.count("compiled") == 2 and seen.count("1 worker") == 1
+    assert seen.count("recompute") == 3 + 3 * 2 and "keep" not in seen    # steps and pictures
+    pictures = [{*os.listdir(tmp_path / name / "images")} for name in ("usual", "run")]
+    assert pictures == [{"0000003.png"}, {"0000001.png", "0000002.png", "0000003.png"}]
+    assert [*(tmp_path / "cache").glob("*/*.npy")]
+
+
+def test_networks_run_in_the_precision_of_the_flag(home, tmp_path, lively, monkeypatch):
+    """Latents of another precision are made anew, although the folder is the same."""
+    modes, forward, posterior = [], models.DiT.forward, models.Tokenizer.posterior
+    monkeypatch.setattr(models.DiT, "forward", lambda *inputs: (
+        modes.append(torch.is_autocast_enabled("cpu")) or forward(*inputs)))
+    monkeypatch.setattr(models.Tokenizer, "posterior", lambda *inputs: (
+        modes.append(torch.is_autocast_enabled("cpu")) or posterior(*inputs)))
+    cache = "--cache", str(tmp_path / "cache")
+    for precision, mode in (("auto", False), ("bf16", True), ("fp32", False)):
+        three_steps(home / "learned.pt", tmp_path / precision, "--precision", precision, *cache)
+        # One batch of images and its mirror images, three steps, and two for a picture.
+        assert modes == [mode] * 7
+        modes.clear()
+
+
+@pytest.mark.parametrize("device, precision, kind", [
+    ("cuda", "auto", torch.bfloat16), ("cuda", "bf16", torch.bfloat16), ("cuda", "fp32", None),
+    ("cpu", "auto", None), ("cpu", "bf16", torch.bfloat16), ("cpu", "fp32", None)])
+def test_auto_is_bf16_on_cuda(monkeypatch, device, precision, kind):
+    chosen = []
+    monkeypatch.setattr(torch, "autocast", lambda device_type, dtype: chosen.append(
+        (device_type, dtype)))
+    runtime.Runtime(torch.device(device)).autocast(precision)
+    assert chosen == ([(device, kind)] if kind else [])
+
+
+def test_every_flag_is_tested():
+    """Those of the last line by other tests of this file."""
+    flags = {"--" + name.replace("_", "-") for name in vars(train_dit.parse([]))
+             if name not in train_dit.COMMON}
+    tested = re.findall("--[a-z-]+", " ".join(FLAGS)) + [
+        "--save-every", "--recompute", "--compile", "--workers", "--precision", "--cache",
+        "--preset", "--tokenizer", "--data", "--accept-data", "--latents", "--out", "--device",
+        "--smoke"]
+    assert flags <= {*tested}
 
 
 # ------------------------------------------------------------------------------
@@ -284,7 +517,7 @@ def test_latents_of_lightningdit_are_learned_as_they_are(tokenizer, tmp_path, mo
 
 
 # ------------------------------------------------------------------------------
-# The log, and the optimisers.
+# The log.
 
 
 def test_bins_count_every_sample_once():
@@ -296,31 +529,18 @@ def test_bins_count_every_sample_once():
     assert bins.read()["velocity"] == 1.0
 
 
-@pytest.mark.parametrize("row", ["demo", "DiT-B"])
-def test_every_parameter_has_one_optimizer(row, monkeypatch):
-    dit = models.build_dit(models.DITS[row] | dict(
-        depth=2, width=32, heads=2, qk_norm=True, in_channels=4, input_size=4, num_classes=10))
-    for kind in ("adamw", "muon"):
-        learner = train_dit.Learner(dit, kind, 1e-3, [0.9, 0.95], 0.9)
-        groups = [o.param_groups[0]["params"] for o in learner.optimizers]
-        owned = [id(p) for group in groups for p in group]
-        assert sorted(owned) == sorted(id(p) for p in dit.parameters() if p.requires_grad)
-        assert all(o.param_groups[0]["weight_decay"] == 0 for o in learner.optimizers)
-    names = {id(p): name for name, p in dit.named_parameters()}
-    mlp = ("w12", "w3") if row == "demo" else ("fc1", "fc2")
-    expected = {f"blocks.{i}.{name}.weight" for i in (0, 1)
-                for name in ("attn.qkv", "attn.proj", *(f"mlp.{layer}" for layer in mlp))}
-    assert {names[id(p)] for p in groups[1]} == expected
-
-
 # ------------------------------------------------------------------------------
 # Interruptions and processes.
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_an_interrupted_run_ends_with_the_same_bits(tokenizer, tmp_path, monkeypatch, optimizer):
-    """It stops in its fourth step, after the checkpoint of the second."""
+    """It stops in its fourth step, after the checkpoint of the second.
+
+    The log's line about three steps begins before the checkpoint and ends after it.
+    """
     monkeypatch.setitem(train_dit.SMOKE, "cooldown", 0.5)
+    monkeypatch.setitem(train_dit.SMOKE, "log_every", 3)
     flags = ["--optimizer", optimizer]
     whole = train(tokenizer, tmp_path / "whole", *flags)
     step, steps = train_dit.Learner.step, []
@@ -373,35 +593,27 @@ def test_two_processes_train_as_one(tokenizer, tmp_path):
 # Flags, and wrong input.
 
 
-@pytest.mark.parametrize("preset, expected", [
-    ("lightningdit-b", dict(model="B", optimizer="adamw", batch=1024, lr=2e-4, steps=100_080,
-                            ema=0.9999, t="logit-normal", cosine_weight=1.0, cooldown=0.0)),
-    ("lightningdit-b-plus", dict(model="B", batch=1024, lr=2e-4, steps=200_160)),
-    ("dit-b", dict(model="DiT-B", optimizer="adamw", batch=1024, lr=2e-4, steps=100_080,
-                   t="uniform", cosine_weight=0.0, cooldown=0.0)),
-    ("lightningdit-xl-sota", dict(model="XL", optimizer="muon", batch=768, lr=1.8e-4,
-                                  steps=884_040, ema=0.9999, cooldown=0.0))])
-def test_presets_are_the_rows_of_the_paper(preset, expected):
-    """Its epoch is 1,281,167 images: 1251 whole batches of 1024, 1668 of 768."""
-    args = vars(train_dit.parse(["--preset", preset]))
-    assert {key: args[key] for key in expected} == expected
-    assert args["betas"] == [0.9, 0.95] and args["label_dropout"] == 0.1
+@pytest.mark.parametrize("preset, model, steps, batch, ema", [
+    ("demo", "shapes", 3300, 32, 0.995), ("small", "demo", 3000, 32, 0.999),
+    ("photos", "S", 100_000, 128, 0.9995),
+    ("lightningdit-b", "B", 100_080, 1024, 0.9999),
+    ("lightningdit-b-plus", "B", 200_160, 1024, 0.9999),
+    ("dit-b", "DiT-B", 100_080, 1024, 0.9999),
+    ("lightningdit-xl-sota", "XL", 884_040, 768, 0.9999)])
+def test_what_three_steps_do_not_show_of_a_preset(preset, model, steps, batch, ema):
+    """An epoch of the paper is 1251 whole batches of 1024, or 1668 of 768."""
+    args = train_dit.parse(["--preset", preset])
+    assert (args.model, args.steps, args.batch, args.ema) == (model, steps, batch, ema)
+    assert args.warmup == 100
 
 
-def test_flags_reach_the_network(tokenizer, tmp_path, monkeypatch):
-    compiled, recomputed, forward = [], [], models.DiT.forward
-
-    def spy(self, *inputs):
-        recomputed.append(self.recompute)
-        return forward(self, *inputs)
-
-    monkeypatch.setattr(models.Block, "compile", lambda self: compiled.append(self))
-    monkeypatch.setattr(models.DiT, "forward", spy)
-    monkeypatch.setitem(models.DITS, "SiT-S/2", models.DITS["SiT-S/2"] | dict(
-        depth=2, width=32, heads=2))
-    state = train(tokenizer, tmp_path / "run", "--compile", "--recompute", "--model", "SiT-S/2")
-    assert len(compiled) == 2 and recomputed[0] is True
-    assert state["model_config"]["family"] == "sit" and state["model_config"]["patch"] == 2
+def test_images_that_have_changed_are_refused_or_accepted(tokenizer, pictures, tmp_path, capsys):
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    train(tokenizer, tmp_path / "run", "--data", str(folder), "--steps", "2")
+    (folder / "b/01.png").unlink()
+    flags = flags_of(tokenizer, tmp_path / "run", "--data", str(folder))
+    assert "images have changed" in refused(capsys, *flags)
+    assert train(tokenizer, tmp_path / "run", "--data", str(folder), "--accept-data")["step"] == 4
 
 
 def test_another_tokenizer_under_the_same_name_is_refused(tokenizer, tmp_path, capsys):
@@ -418,7 +630,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(tokenizer, tmp_path, c
     (["--data", "no/such/folder"], "no/such/folder"),
     (["--accumulate", "3"], "--batch 4 must be a multiple"),
     (["--latents", "no/such/folder"], "no/such/folder"),
-    (["--ema", "1"], "--ema"), (["--t-shift", "0"], "--t-shift"), (["--batch", "0"], "--batch")])
+    (["--ema", "1"], "--ema"), (["--shift", "0"], "--shift"), (["--batch", "0"], "--batch")])
 def test_wrong_input_is_one_line(tokenizer, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         train(tokenizer, tmp_path / "run", *flags)
