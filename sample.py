@@ -112,7 +112,7 @@ class Networks:
         if self.tokenizer.channels != channels or named.get("sha256", sha256) != sha256:
             raise InputError(f"{tokenizer} is not the tokenizer of {dit}: give that one, "
                              "or train the DiT again")
-        self.data = origin["config"]["data"] if "kind" in origin else None
+        self.data = origin.get("config", {}).get("data") if "kind" in origin else None
         self.data_seed = file.get("config", {}).get("seed", 0)
         known = checkpoints.read(stats) if stats else (file if "kind" not in file else {}) | origin
         names = ("mean", "std") if stats else ("latent_mean", "latent_std")
@@ -185,7 +185,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # What decides what the images are.
     settings = runtime.plain(args) | {"device": rt.device.type, "sha256": net.sha256}
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    paths = "dit", "tokenizer", "latent_stats", "guide", "out"  # hashes stand for files
+    decisive = {k: v for k, v in settings.items() if k not in paths}
+    decisive["sha256"] = [*net.sha256.values()]
+    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     npz, facts = args.out / "samples.npz", args.out / "samples.json"
     if npz.exists() and facts.exists() and runtime.read_json(facts).get("digest") == digest:
         return rt.print(f"{args.out} has these samples already")
@@ -229,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         save_images(npz, [*parts], (args.count, size, size, 3), labels)
         images = data.open_array(npz, "arr_0")
         data.save_rows(args.out / "grid.png", {
-            net.classes[y]: images[labels == y][:8] for y in labels.unique()[:10]})
+            net.classes[y]: images[(labels == y).numpy()][:8] for y in labels.unique()[:10]})
         for folder in args.out.glob(".parts-*"):
             shutil.rmtree(folder)
         runtime.write_json(facts, settings | {

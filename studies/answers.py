@@ -86,7 +86,7 @@ def read_runs(results: Path) -> list[dict[str, Any]]:
     for path, run in zip(paths, runs):
         try:
             good = is_run(run)
-        except (KeyError, TypeError, AttributeError):   # something is missing, or of another type
+        except (KeyError, TypeError, AttributeError):   # missing, or of another type
             good = False
         if not good:
             raise InputError(f"{path} is not the file of an arm: remove it")

@@ -185,10 +185,10 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------
-# Running.  What is done is not done again.  An empty file, as some disks leave it
-# when the power fails, is none.
+# Running.  What is done is not done again.  Some disks leave an empty file when the
+# power fails, and it counts as missing.
 
-# A stage ends with its parent, as torchrun's processes do, if this is set.
+# With this a stage watches its parent, as under torchrun, and ends when that is gone.
 BOUND = {"TORCHELASTIC_RUN_ID": "experiments"}
 
 

@@ -10,7 +10,7 @@ from runtime import InputError
 
 
 def is_number(value: Any) -> bool:
-    """Whether it can be drawn: NaN, infinity and what only looks like a number cannot."""
+    """Whether it can be drawn.  NaN and infinity cannot."""
     return isinstance(value, (int, float)) and abs(value) < 1e300
 
 

@@ -687,7 +687,8 @@ def test_numbers_and_bools():
     ("tokenizer", "optimizer.state.0.exp_avg_sq", ...),
     ("dit", "optimizers.0.state.0.step", torch.zeros(3)),
     ("dit", "optimizers.0.param_groups.0.betas", (0.5, 0.9)),
-    ("dit", "optimizers.1.state.0.momentum_buffer", torch.full((256, 64), torch.inf)),
+    ("dit", "optimizers.1.state.0.momentum_buffer", torch.full((340, 64), torch.inf)),
+    ("tokenizer", "optimizer.state.0.exp_avg", torch.full((1, 16, 24), torch.nan)),
     ("tokenizer", "optimizer.param_groups.0.params", [0])])
 def test_entries_that_do_not_fit(tmp_path, kind, name, value):
     path = tmp_path / "checkpoint.pt"

@@ -274,7 +274,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--only", "lightningdit"], "--only lightningdit is no preset"),
-    (["--gpus", "0"], "0 is not a whole number of at least 1"),
+    (["--gpus", "0"], "--gpus: 0 is not a whole number"),
     (["--out", "/proc/none/costs.json"], "cannot be written to"),
 ])
 def test_bad_input_is_one_line_and_exit_2(capsys, flags, message):
