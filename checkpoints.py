@@ -77,6 +77,9 @@ def read(path: str | Path, kind: str | None = None, resume: bool = False) -> dic
     published one, of which our entries are made.
     resume: it must be ours, with all that a training needs to go on.
     """
+    if kind and not Path(path).exists():
+        raise InputError(f"{path} is not there: `python train_{kind}.py` makes one, or name "
+                         "another")
     path = runtime.regular(path)
     if path.suffix == ".safetensors":
         state = {name: torch.from_numpy(array.copy()).view(dtype)

@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,12 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
         except (MemoryError, torch.OutOfMemoryError):
             message, status = "error: out of memory: a smaller --batch needs less", 2
         except RuntimeError as error:
-            if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+            if "can't allocate memory" in str(error):
+                message, status = "error: out of memory: a smaller --batch needs less", 2
+            elif "gloo/transport" in str(error) or isinstance(error, dist.DistError):
+                message, status = "error: another process of this run has ended, and says why", 2
+            else:
                 raise
-            message, status = "error: another process of this run has ended, and says why", 2
         finally:
             finish()
         script = Path(sys.modules[main.__module__].__file__ or "").name
@@ -146,7 +150,8 @@ def stop_asked() -> bool:
 
 def end_with_parent() -> None:
     """Without torchrun's agent its processes stop, and do not train on as orphans."""
-    parent = os.getppid()
+    known = multiprocessing.parent_process()   # it may have ended already
+    parent = known.pid if known else os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -164,13 +169,37 @@ def helper(*_: Any) -> None:
     end_with_parent()
 
 
+def in_processes(count: int, action: Callable[[Any], Any], jobs: list) -> Iterator[Any]:
+    """Yield action(job) for every job as it is done, by `count` processes.
+
+    They end with this one, however it ends.  They inherit that Ctrl-C is blocked,
+    which would otherwise interrupt their imports.
+    """
+    context, masks = multiprocessing.get_context("spawn"), hasattr(signal, "pthread_sigmask")
+    with ProcessPoolExecutor(count, context, helper) as pool:
+        try:
+            if masks:   # not on Windows
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            begun = [pool.submit(action, job) for job in jobs]
+            if masks:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            for job in as_completed(begun):
+                yield job.result()
+        except BrokenExecutor:
+            raise InputError("a process was killed: is the memory full?") from None
+        finally:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+
 # What the codebases of DiT, SiT and diffusers call our flags.  Both names work.
 SECOND_NAMES = {
     "--data-path": "--data", "--results-dir": "--out", "--image-size": "--size",
     "--global-batch-size": "--batch", "--global-seed": "--seed", "--max-train-steps": "--steps",
     "--learning-rate": "--lr", "--num-workers": "--workers", "--ckpt": "--dit",
     "--cfg-scale": "--guidance", "--num-sampling-steps": "--steps",
-    "--t-shift": "--shift", "--sample-dir": "--out", "--num-fid-samples": "--count", "--per-proc-batch-size": "--at-once"}
+    "--t-shift": "--shift", "--sample-dir": "--out", "--num-fid-samples": "--count",
+    "--per-proc-batch-size": "--at-once"}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -17,12 +17,9 @@ under --out, and the same command again trains only the arms that are missing.
 import functools
 import hashlib
 import math
-import multiprocessing
-import signal
 import statistics
 import time
 from collections import namedtuple
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -384,28 +381,6 @@ def read_arm(path: Path, arm: Arm) -> dict:
     return found
 
 
-def run_in_processes(count: int, jobs: list[tuple]):
-    """Yield after every arm.  The processes end with this one, however it ends.
-
-    They inherit that Ctrl-C is blocked.  Otherwise it would interrupt their imports.
-    """
-    context, masks = multiprocessing.get_context("spawn"), hasattr(signal, "pthread_sigmask")
-    with ProcessPoolExecutor(count, context, runtime.helper) as pool:
-        try:
-            if masks:   # not on Windows
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            arms = [pool.submit(run_arm, job) for job in jobs]
-            if masks:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            for arm in as_completed(arms):
-                yield arm.result()
-        except BrokenExecutor:
-            raise InputError("the process of an arm was killed: is the memory full?") from None
-        finally:
-            for process in multiprocessing.active_children():
-                process.kill()
-
-
 def run(arms: list[Arm], recipe: dict, device: torch.device, folder: Path,
         kind: type[Model] = Model) -> list[dict]:
     """Train the arms that have no file yet, and read all of them."""
@@ -418,7 +393,7 @@ def run(arms: list[Arm], recipe: dict, device: torch.device, folder: Path,
         else:
             jobs.append((arm, recipe, device, kind, paths[-1]))
     count = min(torch.get_num_threads(), len(jobs)) if device == CPU else 1
-    done = run_in_processes(count, jobs) if count > 1 else map(run_arm, jobs)
+    done = runtime.in_processes(count, run_arm, jobs) if count > 1 else map(run_arm, jobs)
     list(tqdm(done, "arms", len(jobs), disable=None))
     return [read_arm(path, arm) for path, arm in zip(paths, arms)]
 

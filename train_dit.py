@@ -162,8 +162,8 @@ def build(row: str, init: Path | None, latents: data.LatentSet) -> models.DiT:
         return models.build_dit(models.DITS[row] | needed)
     known, _ = checkpoints.load_dit(init)
     if any(known.config[k] != needed[k] for k in ("in_channels", "input_size")):
-        raise InputError(f"{init} was made for other latents than {latents.shape}: give its "
-                         "own tokenizer and --size")
+        raise InputError(f"{init} was made for other latents than {[*latents.shape]}: give "
+                         "its own tokenizer")
     dit, state = models.build_dit(known.config | needed), known.state_dict()
     if known.config["num_classes"] != needed["num_classes"]:
         name = "y_embedder.embedding_table.weight"   # its last row is for no class

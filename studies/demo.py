@@ -1,9 +1,10 @@
 """The last step of `make demo`: one page of numbers and one composed picture.
 
-    python -m studies.demo runs/demo
+    python -m studies.demo runs
 
-It reads what the stages left in the folder, draws demo.png there, and prints
-five numbers with a sentence each.
+It reads what the stages left in the folder: a tokenizer with the VE loss, one with
+KL in the folder kl, what was learned on each, and the toy.  It draws demo.png
+there, and prints the numbers of both side by side.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import runtime  # before torch, because it says how idle threads wait
 
 import matplotlib
+import numpy as np
 import torch
 
 import checkpoints
@@ -22,98 +24,108 @@ from studies.records import read_log, read_scores
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-COLUMNS = 10  # images in a row: one of each class
-
-
-def rows_of(report: Any, name: str) -> dict[str, Any]:
-    """The row of evaluate.py's results.json about `name`."""
-    return next(row for row in report if row["evaluation"] == name)
+COLUMNS = 10   # images in a row: one of each class
+ROWS = 3       # of samples
+FOLDERS = {"KL": "kl", "VE": "."}
 
 
 @torch.no_grad()
 def reconstructions(folder: Path) -> tuple[Any, Any, Any]:
     """Held-out images, one of each class; their reconstructions; their sigma.
 
-    Images are uint8 [10, H, W, 3]; sigma is [10, h, w], averaged over channels.
+    Images are uint8 [10, H, W, 3]; sigma is [10, h, w], in percent of the latent's
+    spread, averaged over channels.
     """
     tokenizer, state = checkpoints.load_tokenizer(folder / "tokenizer/checkpoint.pt")
     config = state["config"]
     held_out = data.open_dataset(config["data"], config["size"], "val", config["seed"])
-    labels = held_out.labels(range(200)).tolist()
+    labels = held_out.labels(np.arange(200)).tolist()
     images = torch.stack([held_out[labels.index(c)][0] for c in range(COLUMNS)])
     mean, logvar = tokenizer.posterior(data.from_uint8(images))
     x_hat = data.to_uint8(tokenizer.decode(mean))
-    sigma = torch.exp(0.5 * logvar).mean(1)
-    return images.permute(0, 2, 3, 1), x_hat.permute(0, 2, 3, 1), sigma
+    sigma = 100 * torch.exp(0.5 * logvar) / state["latent_std"][:, None, None]
+    return images.permute(0, 2, 3, 1), x_hat.permute(0, 2, 3, 1), sigma.mean(1)
+
+
+def samples(folder: Path) -> list[Any]:
+    """Rows of samples, one of each class in a row."""
+    with np.load(folder / "samples/samples.npz") as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    return [[images[labels == c][row] for c in range(COLUMNS)] for row in range(ROWS)]
 
 
 def draw(folder: Path) -> None:
-    """demo.png: inputs, reconstructions, sigma maps, and rows of samples."""
-    images, x_hat, sigma = reconstructions(folder)
-    archive = data.read_npz(folder / "samples/samples.npz", "arr_0", "arr_1")
-    samples, labels = archive["arr_0"], archive["arr_1"]
+    """demo.png: inputs, and for KL and VE reconstructions, sigma maps and samples."""
     classes = checkpoints.read(folder / "dit/checkpoint.pt", "dit")["classes"]
-    generated = 4
-    figure, axes = plt.subplots(
-        3 + generated, COLUMNS, figsize=(COLUMNS + 1.6, 4.2 + generated),
-        gridspec_kw=dict(wspace=0.04, hspace=0.04))
-    names = ["held-out images", "reconstructed", "sigma of the latent"]
-    names += ["samples"] + [""] * (generated - 1)
-    for c in range(COLUMNS):
-        of_class = samples[labels == c][:generated]
-        for row, picture in enumerate([images[c], x_hat[c], sigma[c], *of_class]):
-            shown = axes[row, c].imshow(
-                picture, interpolation="nearest", cmap="cividis",
-                vmin=sigma.min() if row == 2 else None,
-                vmax=sigma.max() if row == 2 else None)
-            if row == 2:
-                scale = shown
-        axes[0, c].set_title(classes[c], fontsize=11)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    for ax, name in zip(axes[:, 0], names):
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
-    bar = figure.colorbar(scale, ax=axes[:3].ravel().tolist(), fraction=0.015, pad=0.01)
-    bar.ax.tick_params(labelsize=9)
-    bar.set_label("sigma", fontsize=10)
-    # The samples below leave the room of the bar free as well.
-    figure.colorbar(scale, ax=axes[3:].ravel().tolist(), fraction=0.015,
-                    pad=0.01).ax.set_visible(False)
+    parts = {name: reconstructions(folder / place) for name, place in FOLDERS.items()}
+    rows = [("held-out images", parts["VE"][0])]
+    rows += [(f"{name}: reconstructed", part[1]) for name, part in parts.items()]
+    rows += [(f"{name}: sigma", part[2]) for name, part in parts.items()]
+    for name, place in FOLDERS.items():
+        names = [f"{name}: samples"] + [""] * (ROWS - 1)
+        rows += zip(names, samples(folder / place))
+    figure, axes = plt.subplots(len(rows), COLUMNS, figsize=(COLUMNS + 2.4, len(rows) + 0.6),
+                                gridspec_kw=dict(wspace=0.04, hspace=0.04))
+    scale = matplotlib.colors.LogNorm(0.1, 100)
+    for line, (name, pictures) in zip(axes, rows):
+        for ax, picture in zip(line, pictures):
+            shown = ax.imshow(picture, interpolation="nearest", cmap="cividis",
+                              norm=scale if np.ndim(picture) == 2 else None)
+            if np.ndim(picture) == 2:
+                coloured = shown
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11)
+    for ax, name in zip(axes[0], classes):
+        ax.set_title(name, fontsize=11)
+    bar = figure.colorbar(coloured, ax=axes.ravel().tolist(), fraction=0.02, pad=0.01,
+                          aspect=50)
+    bar.set_label("sigma, in percent of the latent's spread", fontsize=10)
     with runtime.atomic(folder / "demo.png") as file:
         figure.savefig(file, dpi=90, bbox_inches="tight")
     plt.close(figure)
 
 
-def page(folder: Path) -> str:
-    """Five numbers with a sentence each, and where the pictures are."""
-    toy = runtime.read_json(folder / "toy2d/toy2d.json")["arms"]
-    kl, ve = (toy[name]["invalid [%]"][0] for name in ("KL 1e-3", "VE 1e-2"))
+def numbers(folder: Path) -> dict[str, float]:
+    """What the logs and the scores say of one tokenizer and its samples."""
     log = read_log(folder / "tokenizer")
     held_out = [line for line in log if "held_out" in line][-1]["held_out"]
-    report = read_scores(folder / "evaluation/results.json")
-    rebuilt = rows_of(report, "reconstruction")["metrics"]
-    made = rows_of(report, "generation")["metrics"]
+    made = read_scores(folder / "evaluation/results.json")[-1]["metrics"]
+    return {
+        "dB": held_out["psnr_mean"], "balance": held_out.get("balance", float("nan")),
+        "sigma": 100 * held_out["relative_noise"],
+        "recognised": 100 * made["recognised"], "FD": made["FD-Shapes"],
+        "real": 100 * made["recognised of real images"],
+        "floor": made["FD-Shapes of real images"]}
+
+
+def page(folder: Path) -> str:
+    """The numbers with a sentence each, and where the pictures are."""
+    toy = runtime.read_json(folder / "toy2d/toy2d.json")["arms"]
+    toy_kl, toy_ve = (toy[name]["invalid [%]"][0] for name in ("KL 1e-3", "VE 1e-2"))
+    kl, ve = (numbers(folder / place) for place in FOLDERS.values())
     return f"""
 What this was about: tokenizers whose latents are wide enough to forgive the
 errors of the generative model that is trained on them.
 
-toy, samples that left the data         {kl:.1f} % with KL, {ve:.1f} % with VE
+                                              KL        VE
+the toy: samples that left the data   {toy_kl:8.1f} % {toy_ve:7.1f} %
     Lower is better.  VE should stay well below KL.
-tokenizer, images from their latents    {held_out["psnr_mean"]:.1f} dB
+shapes: sigma over the spread of z    {kl["sigma"]:8.2f} % {ve["sigma"]:7.2f} %
+    KL lets the noise of the latent vanish, and VE holds it up.
+shapes: images from their latents     {kl["dB"]:8.1f} dB {ve["dB"]:6.1f} dB
     Higher is better.  Above 25 dB the shapes are clean.
-tokenizer, balance of Eq. 14            {held_out["balance"]:.2f}
+shapes: balance of Eq. 14             {"-":>8}   {ve["balance"]:7.2f}
     1 is the equilibrium: sigma is as wide as lambda1 and the decoder allow.
-samples that the judge recognises       {100 * made["recognised"]:.0f} %
-    It recognises {100 * made["recognised of real images"]:.0f} % of real images and \
-{100 * rebuilt["recognised"]:.0f} % of reconstructed ones.
-samples, distance from real images      {made["FD-Shapes"]:.1f}
-    Lower is better.  As many real images have {made["FD-Shapes of real images"]:.1f}.
+shapes: samples that are recognised   {kl["recognised"]:8.0f} % {ve["recognised"]:7.0f} %
+    By a judge that recognises {ve["real"]:.0f} % of real images.
+shapes: distance of the samples       {kl["FD"]:8.1f}   {ve["FD"]:7.1f}
+    Lower is better.  As many real images have {ve["floor"]:.1f}.
 
 the toy                {folder}/toy2d/toy2d_figure1.png
 images and samples     {folder}/demo.png
-more samples           {folder}/samples/grid.png
-noise on the latent    {folder}/evaluation/noise_curve.png
+more samples           {folder}/samples/grid.png, {folder}/kl/samples/grid.png
+noise on the latent    {folder}/noise/noise_curve.png
 """
 
 
@@ -123,12 +135,12 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("folder", type=Path, help="what the demo's stages wrote")
     folder = p.parse(argv).folder
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: `make demo` fills runs/demo")
+        raise InputError(f"{folder} is not a folder: `make demo` fills runs")
     runtime.claim(runtime.start("cpu"), folder, folder / "demo.png")
     try:
         said = page(folder)
         draw(folder)
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder} is not what `make demo` leaves ({error!r}): remove it, "
                          "and give `make demo` again") from None
     print(said)

@@ -855,3 +855,9 @@ def test_no_file_runs_code(tmp_path, legacy, place):
         pickle.loads(path.read_bytes())     # which does what it says
         assert mark.exists()
         mark.unlink()
+
+
+def test_a_file_that_is_not_there_names_the_stage_that_makes_it(tmp_path):
+    for kind in ("tokenizer", "dit"):
+        with pytest.raises(InputError, match=f"is not there: `python train_{kind}.py` makes one"):
+            checkpoints.read(tmp_path / "checkpoint.pt", kind)

@@ -154,15 +154,15 @@ def test_scores_are_a_list_of_rows_or_damaged(tmp_path, text, rows):
 
 def write_demo(folder: Path) -> None:
     invalid = {"invalid [%]": [9.87]}
-    scores = [
-        {"evaluation": "reconstruction", "metrics": {"recognised": 0.5}},
-        {"evaluation": "generation", "metrics": {
-            "recognised": 0.25, "recognised of real images": 1.0, "FD-Shapes": 12.34,
-            "FD-Shapes of real images": 5.6}}]
+    rebuilt = [{"of": f"{folder}/{tokenizer}/checkpoint.pt", "metrics": {"recognised": share}}
+               for tokenizer, share in (("kl/tokenizer", 0.75), ("tokenizer", 0.5))]
+    made = [{"of": f"{folder}/samples/samples.npz", "metrics": {
+        "recognised": 0.25, "recognised of real images": 1.0, "FD-Shapes": 12.34,
+        "FD-Shapes of real images": 5.6}}]
     write_log(folder / "tokenizer", {"step": 1, "held_out": {"psnr_mean": 20, "balance": 3}},
               {"step": 2, "held_out": {"psnr_mean": 21.0, "balance": 1.5}})
     for name, value in (("toy2d/toy2d", {"arms": {"KL 1e-3": invalid, "VE 1e-2": invalid}}),
-                        ("evaluation/results", scores)):
+                        ("evaluation/results", made), ("noise/results", rebuilt)):
         path = folder / f"{name}.json"
         path.parent.mkdir()
         path.write_text(json.dumps(value))
@@ -183,6 +183,7 @@ def test_the_page_of_the_demo_has_the_last_numbers(tmp_path):
     ("tokenizer/log.jsonl", '{"step": 1}', "is not what `make demo` leaves"),
     ("evaluation/results.json", "[]", "is not what `make demo` leaves"),
     ("evaluation/results.json", "[1", "results.json is damaged"),
+    ("noise/results.json", '[{"of": 1}]', "is not what `make demo` leaves"),
     ("tokenizer/checkpoint.pt", "", "checkpoint.pt is"),
 ])
 def test_a_damaged_demo_is_one_line(tmp_path, capsys, name, text, message):

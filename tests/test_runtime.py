@@ -64,6 +64,7 @@ def raiser(error: BaseException):
 @pytest.mark.parametrize("error, status, said", [
     (OSError(errno.ENOSPC, "No space left on device", "a.pt"), 2, "a.pt: No space left on device"),
     (MemoryError(), 2, "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
     (RuntimeError("[../gloo/transport/tcp/pair.cc:1] closed by peer"), 2, "another process"),
     (OSError("Caught OSError in worker.\nTraceback\nOSError: read"), 2, "a file: OSError: read")])
 def test_what_the_machine_refuses_becomes_one_line(error, status, said, capsys):

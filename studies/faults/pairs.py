@@ -118,7 +118,9 @@ def race(bench: Bench, work: Work, argv: str, delay: float) -> Callable:
         a = second(work, "", folder)
         time.sleep(delay)
         b = second(work, argv, folder)
-        for run in (a, b):
+        while a.running and b.running:
+            time.sleep(0.005)
+        for run in sorted((a, b), key=lambda run: run.running):
             run.wait()
         if a.status == b.status == 0 and not argv:   # the second came after its end
             return undisturbed(bench, work, folder, a)
