@@ -180,7 +180,9 @@ def check(state: dict, path: Path, resume: bool) -> None:
     entries = ENTRIES[state["kind"]]
     wrong = [name for name, kind in entries.items()
              if (name in state and not fits(state[name], kind))
-             or (name not in state and (resume or name in NETWORK))]
+             or (name not in state and (resume or name in NETWORK or name == "ema"))]
+    if resume and state.get("config") == {}:   # it could be compared with nothing
+        wrong.append("config")
     for name, row in INSIDE.items():
         inside = state.get(name, {}) if name not in wrong else {}
         wrong += [f"{name}: {key}" for key, kind in row.items()
@@ -324,8 +326,8 @@ def load_tokenizer(path: str | Path) -> tuple[models.Tokenizer, dict]:
 def read_tokenizer_parts(path: str | Path) -> dict[str, dict]:
     """The state dicts of model and, if any, discriminator and projection."""
     file = read(path, "tokenizer")
-    parts = {name: tensors(file.get(name)) for name in ("model", *PREFIXES)}
-    return {name: part for name, part in parts.items() if part}
+    others = {name: tensors(file.get(name)) for name in PREFIXES}
+    return {"model": tensors(file["model"])} | {k: part for k, part in others.items() if part}
 
 def from_ldm(file: dict, path: Path) -> dict:
     """The config follows from the tensors."""
@@ -442,7 +444,7 @@ def to_diffusers(file: dict, path: Path) -> tuple[dict[str, Tensor], dict]:
 def load_dit(path: str | Path) -> tuple[models.DiT, dict]:
     """As load_tokenizer, with the averaged weights if there are any."""
     file = read(path, "dit")
-    state = file.get("ema") or file["model"]
+    state = file["ema"] if "kind" in file else file.get("ema") or file["model"]
     return build(models.build_dit, file["model_config"], state, path), file
 
 def tokenizer_of(path: Path, file: dict) -> Path:
@@ -541,7 +543,7 @@ def show(path: Path) -> None:
     for name, value in file.items():
         if torch.is_tensor(value):
             value = f"{list(value.shape)} {value.dtype}"
-        elif "opt" in name:
+        elif "opt" in str(name):
             value = "the state of the optimiser"
         elif isinstance(value, dict) and tensors(value):
             sizes = [tensor.numel() for tensor in tensors(value).values()]

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("runs/curves.png"), help="figure"
     )
     args = p.parse(argv)
-    names = [str(run.parent if run.is_file() else run) for run in args.runs]
+    names = [str(run.parent if run.name == "log.jsonl" else run) for run in args.runs]
     short = [Path(name).name for name in names]
     if len(set(short)) == len(short):
         names = short

@@ -482,7 +482,7 @@ def test_show_names_every_entry(tmp_path, capsys):
 
 def test_files_that_are_no_checkpoint(tmp_path):
     path, load = tmp_path / "checkpoint.pt", checkpoints.load_tokenizer
-    assert "is not a file" in refusal(load, path) and "is not a file" in refusal(load, tmp_path)
+    assert "is not there" in refusal(load, path) and "is not a file" in refusal(load, tmp_path)
     path.write_bytes(b"<html>not found</html>")
     assert f"{path} is damaged" in refusal(load, path)
     torch.save({"model": torch.zeros(1000)}, path)
@@ -735,8 +735,26 @@ def test_a_run_goes_on_with_what_it_had(tmp_path, kind):
         checkpoints.restore(found, path, optimizers=[other])
     for name in {*checkpoints.ENTRIES[kind]} - {"model_config", "model", "step"}:
         checkpoints.save({k: v for k, v in state.items() if k != name}, path)
-        checkpoints.read(path, kind)
+        if name != "ema":
+            checkpoints.read(path, kind)
         assert f": {name} missing" in refusal(checkpoints.read, path, kind, True)
+    checkpoints.save(state | {"config": {}}, path)
+    checkpoints.read(path, kind)
+    assert ": config missing or wrong" in refusal(checkpoints.read, path, kind, True)
+
+
+def test_a_transformer_without_its_average_is_refused(tmp_path):
+    path = tmp_path / "dit.pt"
+    state = write_dit(path, LIGHTNINGDIT_TINY)
+    for ema, said in ((None, "ema missing"), ({}, "does not fit: no")):
+        checkpoints.save({k: v for k, v in (state | {"ema": ema}).items() if v is not None}, path)
+        assert said in refusal(checkpoints.load_dit, path)
+
+
+def test_a_start_from_nothing_is_refused(tmp_path):
+    state = write_tokenizer(tmp_path / "a.pt", TINY_TOKENIZER)
+    checkpoints.save(state | {"model": {}}, tmp_path / "a.pt")
+    assert checkpoints.read_tokenizer_parts(tmp_path / "a.pt")["model"] == {}
 
 
 def test_what_the_disk_refuses_is_one_line(tmp_path, monkeypatch):

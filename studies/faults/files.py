@@ -30,17 +30,15 @@ Prepare = Callable[[Path], object]
 def cases(bench: Bench) -> list[Case]:
     found = []
     for use, (work, argv, path, source) in CHECKPOINTS.items():
-        for name, spoil in {**BYTES, **FOREIGN}.items():
-            found.append(Case(f"{use}: {name}", checkpoint(bench, work, argv, path, source, spoil)))
         keys = DIT_KEYS if "dit" in source else TOKENIZER_KEYS
-        for key, needed in keys.items():
-            for name, value in VALUES.items():
-                found.append(Case(f"{use}: {key} is {name}", checkpoint(
-                    bench, work, argv, path, source, entry(key, value),
-                    refused=use in needed)))
-        for name, change in WEIGHTS.items():
-            found.append(Case(f"{use}: {name}", checkpoint(
-                bench, work, argv, path, source, rewritten(change))))
+        spoilt = [(name, spoil, True) for name, spoil in {**BYTES, **DAMAGED}.items()]
+        # `show` tells what a file holds, whatever that is.
+        spoilt += [(name, spoil, use != "show") for name, spoil in FOREIGN.items()]
+        spoilt += [(name, rewritten(change), use != "show") for name, change in WEIGHTS.items()]
+        spoilt += [(f"{key} is {name}", entry(key, value), use in needed and name not in allowed)
+                   for key, (needed, allowed) in keys.items() for name, value in VALUES.items()]
+        found += [Case(f"{use}: {name}", checkpoint(bench, work, argv, path, source, spoil, refused))
+                  for name, spoil, refused in spoilt]
     for name, spoil in {**SAFETENSORS, **BYTES}.items():
         for use, (work, argv) in SAFE_USES.items():
             found.append(Case(f"{use}: safetensors, {name}", refuses(
@@ -66,7 +64,8 @@ def cases(bench: Bench) -> list[Case]:
         found.append(Case(f"tokenizer, resumed with a log: {name}", log_of_run(bench, text)))
     found += [Case(f"{name}: {kind}", refuses(
         work, argv, lambda folder, path=path, spoil=spoil: spoil(folder / path),
-        TORCH_HOME="torch")) for name, work, argv, path in FROZEN for kind, spoil in BYTES.items()]
+        refused=needed, TORCH_HOME="torch"))
+        for name, work, argv, path, needed in FROZEN for kind, spoil in BYTES.items()]
     return found + [Case(name, action(bench)) for name, action in SILENT.items()]
 
 
@@ -75,9 +74,10 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def state_of(folder: Path) -> dict[str, Any]:
-    """Every file and folder, with size and time."""
+    """Every file and folder, with size and time, but for features that are kept."""
     found = {}
-    for path in folder.rglob("*"):
+    for path in {*folder.rglob("*")} - {*folder.glob("run/cache/*.pt"), *folder.glob("run/cache"),
+                                        folder / "run"}:
         status = path.lstat()
         size = None if path.is_dir() else (status.st_size, status.st_mtime_ns)
         found[str(path.relative_to(folder))] = size
@@ -176,11 +176,11 @@ BYTES: dict[str, Prepare] = {
     "a pickle that runs a program": holding(Hostile()),
     "a dict with a program": holding({"kind": "tokenizer", "model": Hostile()}),
 }
-# These need a file that was good.
-FOREIGN: dict[str, Prepare] = {
+DAMAGED: dict[str, Prepare] = {
     "cut in half": cut(0.5), "without its last bytes": cut(0.9999),
     "flipped bytes, 1": flipped(1), "flipped bytes, 2": flipped(2),
-    "flipped bytes, 3": flipped(3),
+    "flipped bytes, 3": flipped(3)}
+FOREIGN: dict[str, Prepare] = {
     "a list": holding([1, 2]), "a tensor": holding(torch.zeros(3)), "a number": holding(1.0),
     "an empty dict": holding({}), "a dict of a list": holding({"model": [1]}),
     "keys that are numbers": holding({1: torch.zeros(1), 2: 3}),
@@ -207,17 +207,21 @@ def entry(key: str, value: Any) -> Prepare:
 MISSING = object()
 VALUES = {"missing": MISSING, "None": None, "text": "text", "a list": [], "an empty dict": {},
           "NaN": float("nan"), "a tensor": torch.zeros(2)}
-# For which uses an entry is needed.  For others it may be missing.
+# For which uses an entry is needed, and what may stand for it.  A config without
+# settings is one of an older version, and a file without a kind may be published.
 RESUMED, GIVEN = ("tokenizer, resumed", "transformer, resumed"), (
     "transformer --tokenizer", "evaluation --tokenizer", "samples --dit")
-TOKENIZER_KEYS: dict[str, tuple[str, ...]] = {
-    "kind": RESUMED + GIVEN, "config": RESUMED, "model_config": GIVEN, "step": RESUMED,
-    "model": (*RESUMED, *GIVEN, "tokenizer --init"), "optimizer": RESUMED}
-DIT_KEYS: dict[str, tuple[str, ...]] = {
-    "kind": RESUMED + GIVEN, "config": RESUMED, "model_config": GIVEN, "step": RESUMED,
-    "model": RESUMED, "ema": RESUMED + GIVEN, "ema_updates": RESUMED, "optimizers": RESUMED,
-    "errors_by_t": RESUMED, "tokenizer": (), "classes": (), "latent_mean": GIVEN,
-    "latent_std": GIVEN}
+Keys = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+TOKENIZER_KEYS: Keys = {
+    "kind": (RESUMED + GIVEN[:2], ()), "config": (RESUMED, ("an empty dict",)),
+    "model_config": (GIVEN, ()), "step": (RESUMED, ()), "optimizer": (RESUMED, ()),
+    "model": ((*RESUMED, *GIVEN, "tokenizer --init"), ())}
+DIT_KEYS: Keys = {
+    "kind": (RESUMED, ()), "config": (RESUMED, ("an empty dict",)), "model_config": (GIVEN, ()),
+    "step": (RESUMED, ()), "model": (RESUMED, ()), "ema": (RESUMED + GIVEN, ()),
+    "ema_updates": (RESUMED, ()), "optimizers": (RESUMED, ()), "errors_by_t": (RESUMED, ()),
+    "tokenizer": ((), ()), "classes": ((), ()), "latent_mean": (GIVEN, ()),
+    "latent_std": (GIVEN, ())}
 
 
 def of_weights(change: Callable[[dict, str], object]) -> Callable[[dict], None]:
@@ -519,13 +523,16 @@ def log_of_run(bench: Bench, text: str | bytes) -> Callable:
 # Weights that others have trained, where PyTorch keeps them.
 
 HUB = "torch/hub/checkpoints"
+# The last entry: whether there is no score without them.
 FROZEN = (
     ("weights of the Inception", EVALUATE, "--features inception",
-     f"{HUB}/pt_inception-2015-12-05-6726825d.pth"),
-    ("weights of LPIPS", TOKENIZER, "--perceptual-weight 1", f"{HUB}/vgg16-397923af.pth"),
-    ("weights of LPIPS, for scores", EVALUATE, "", f"{HUB}/vgg16-397923af.pth"),
-    ("weights of DINOv2", TOKENIZER, "--align-weight 0.1", f"{HUB}/dinov2_vitl14_pretrain.pth"),
-    ("weights of DINOv2, by name", TOKENIZER, "--align-weight 0.1 --teacher bad.pt", "bad.pt"))
+     f"{HUB}/pt_inception-2015-12-05-6726825d.pth", True),
+    ("weights of LPIPS", TOKENIZER, "--perceptual-weight 1", f"{HUB}/vgg16-397923af.pth", True),
+    ("weights of LPIPS, for scores", EVALUATE, "", f"{HUB}/vgg16-397923af.pth", False),
+    ("weights of DINOv2", TOKENIZER, "--align-weight 0.1",
+     f"{HUB}/dinov2_vitl14_pretrain.pth", True),
+    ("weights of DINOv2, by name", TOKENIZER, "--align-weight 0.1 --teacher bad.pt", "bad.pt",
+     True))
 
 
 # ------------------------------------------------------------------------------
