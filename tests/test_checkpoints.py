@@ -746,7 +746,7 @@ def test_a_run_goes_on_with_what_it_had(tmp_path, kind):
 def test_a_transformer_without_its_average_is_refused(tmp_path):
     path = tmp_path / "dit.pt"
     state = write_dit(path, LIGHTNINGDIT_TINY)
-    for ema, said in ((None, "ema missing"), ({}, "does not fit: no")):
+    for ema, said in ((None, "ema missing"), ({}, "depth is wrong")):
         checkpoints.save({k: v for k, v in (state | {"ema": ema}).items() if v is not None}, path)
         assert said in refusal(checkpoints.load_dit, path)
 
