@@ -331,7 +331,9 @@ def listing(folder):
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name[0] != ".":
             image = entry.name.lower().endswith(ENDINGS)
-            names[0 if entry.is_dir() else 1 if image else 2].append(entry.name)
+            # A link may lead nowhere, which is_dir() would not bear.
+            inner = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+            names[0 if inner else 1 if image else 2].append(entry.name)
     return names
 
 
@@ -590,9 +592,13 @@ def fingerprint(dataset: Dataset) -> str:
     if isinstance(dataset, ArraySamples):
         content.update(runtime.file_sha256(dataset.name).encode())
     for index, file in enumerate(getattr(dataset, "files", [])):
-        status = os.stat(dataset.name_of(index))
-        content.update(b"%b\0%d\0" % (file, status.st_size))
-        times.update(b"%d\0" % status.st_mtime_ns)
+        try:
+            status = os.stat(dataset.name_of(index))
+            size, changed = status.st_size, status.st_mtime_ns
+        except OSError:   # a link to nothing: one more unreadable image
+            size, changed = -1, 0
+        content.update(b"%b\0%d\0" % (file, size))
+        times.update(b"%d\0" % changed)
     return f"{content.hexdigest()}-{times.hexdigest()[:8]}"
 
 
@@ -680,7 +686,7 @@ def open_chunk(home, images):
     try:
         mark = runtime.read_json(file.with_suffix(".json"))
         skipped, sums = [*mark["skipped"]], torch.tensor(mark["sums"], dtype=torch.float64)
-        latents = np.asarray(np.load(file, mmap_mode="r"))
+        latents = np.asarray(np.load(runtime.regular(file), mmap_mode="r"))
         shape = len(images), 2, 2, *latents.shape[3:]
         fits = (latents.shape == shape and latents.ndim == 6 and latents.dtype == np.float16
                 and sums.shape == (4, shape[3]) and sums.isfinite().all()

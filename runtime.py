@@ -118,6 +118,15 @@ class Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def unhandled(self) -> Iterator[None]:
+        """Both end the process at once, as if it had no handler."""
+        numbers = signal.SIGINT, signal.SIGTERM
+        before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+        yield
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
     def receive(self, number: int, _: Any) -> None:
         if self.received and time.monotonic() - self.when > 1:
             for child in multiprocessing.active_children():
@@ -368,7 +377,9 @@ def start(device: str = "auto") -> Runtime:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        # The wait for the others is not Python's, and no handler of Python's would run.
+        with signals.unhandled():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     place = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)

@@ -1332,3 +1332,16 @@ def test_a_picture_of_rows_has_names_and_enlarged_images(tmp_path):
     assert (found[60::3, 110::3] == torch.cat([images[1], images[2]], 1).numpy()).all()
     assert (found[:60:3, 110:170:3] == images[0].numpy()).all()
     assert (found[:60, 170:] == 255).all() and (found[:60, :110] < 255).any()
+
+
+def test_a_link_to_nothing_is_one_more_unreadable_image(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "c.png")
+    dataset = data.open_dataset(str(tmp_path), 8, "train")
+    before = data.fingerprint(dataset)
+    batch, = data.once(dataset, 4)
+    assert len(batch["x"]) == 2 and [Path(name).name for name in batch["skipped"]] == ["c.png"]
+    (tmp_path / "c.png").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
+    assert data.fingerprint(dataset) != before

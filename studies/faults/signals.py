@@ -49,6 +49,8 @@ def cases(bench: Bench) -> list[Case]:
         for work in TOGETHER:
             found.append(Case(f"{work.name}, {name} to rank 0 alone in step 2",
                               in_training(bench, work, number, "to the parent", 2)))
+            found.append(Case(f"{work.name}, {name} while they agree whether to stop",
+                              while_agreeing(bench, work, number)))
         for work in LONG:
             found.append(Case(f"{work.name}, {name} twice while it saves",
                               twice(bench, work, number)))
@@ -141,6 +143,31 @@ def in_training(bench: Bench, work: Work, number: int, way: str, step: int) -> C
             if f" at step {step + 1};" not in line:
                 raise Broken(f"in step {step} (of 0 to {STEPS - 1}): {line}")
             no_step_lost(line, folder)
+        bench.as_undisturbed(work, folder)
+    return action
+
+
+def signals_itself(number: int) -> None:
+    """The signal comes in the third reduction of what each process has received."""
+    reduce, count = torch.distributed.all_reduce, 0
+
+    def all_reduce(tensor: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        nonlocal count
+        if tensor.ndim == 0 and not tensor.is_floating_point():
+            count += 1
+            if count == 3:
+                os.kill(os.getpid(), number)
+        return reduce(tensor, *rest, **more)
+
+    torch.distributed.all_reduce = all_reduce
+
+
+def while_agreeing(bench: Bench, work: Work, number: int) -> Callable:
+    """It comes too late for this step, and counts in the next one."""
+    def action(folder: Path) -> None:
+        runs = work.begin(folder, [lambda: signals_itself(number)])
+        for run in runs:
+            no_step_lost(stopped(run, number, time.monotonic()), folder)
         bench.as_undisturbed(work, folder)
     return action
 
