@@ -116,7 +116,9 @@ def fresh(bench: Bench, work: Work, share: float) -> Callable:
 
 def under_torchrun(bench: Bench, work: Work, victim: str) -> Callable:
     """Without its agent, or without the other, no process goes on for long."""
-    work = replace(shared(work), argv=f"{work.argv} --steps 60")
+    # A new interpreter has chunks of the usual size in its cache.
+    work = replace(shared(work), name=f"{work.name} under torchrun",
+                   argv=f"{work.argv} --steps 60", before=())
 
     def begin(folder: Path) -> Run:
         return Run(folder, work.stage, f"{work.argv} --device cpu", fresh=TORCHRUN)
