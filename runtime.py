@@ -39,6 +39,23 @@ HERE = Path(__file__).parent
 if Path(getattr(sys.modules["__main__"], "__file__", None) or "-").parent in (HERE, HERE / "studies"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+
+def end_with_parent() -> None:
+    """Without torchrun's agent its processes stop, and do not train on as orphans."""
+    known = multiprocessing.parent_process()   # it may have ended already
+    parent = known.pid if known else os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if multiprocessing.parent_process():   # a helper, which must not outlive it while it imports
+    end_with_parent()
+
 # OpenMP's idle threads spin.  Where two processes share the cores, that made a
 # step of 348 ms last 7.3 s.  PyTorch reads this once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -155,19 +172,6 @@ def stop_asked() -> bool:
         dist.all_reduce(number, dist.ReduceOp.MAX)
     signals.received = int(number)
     return signals.received > 0
-
-
-def end_with_parent() -> None:
-    """Without torchrun's agent its processes stop, and do not train on as orphans."""
-    known = multiprocessing.parent_process()   # it may have ended already
-    parent = known.pid if known else os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def helper(*_: Any) -> None:

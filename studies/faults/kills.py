@@ -118,7 +118,7 @@ def under_torchrun(bench: Bench, work: Work, victim: str) -> Callable:
     """Without its agent, or without the other, no process goes on for long."""
     # A new interpreter has chunks of the usual size in its cache.
     work = replace(shared(work), name=f"{work.name} under torchrun",
-                   argv=f"{work.argv} --steps 60", before=())
+                   argv=f"{work.argv} --steps 20", before=())
 
     def begin(folder: Path) -> Run:
         return Run(folder, work.stage, f"{work.argv} --device cpu", fresh=TORCHRUN)
