@@ -170,8 +170,9 @@ def stop_asked() -> bool:
     number = torch.tensor(signals.received)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
-    signals.received = int(number)
-    return signals.received > 0
+    # One that came in the meantime is kept for the next step.
+    signals.received = int(number) or signals.received
+    return int(number) > 0
 
 
 def helper(*_: Any) -> None:

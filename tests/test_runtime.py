@@ -112,6 +112,16 @@ def test_a_training_finishes_its_step(capsys):
     assert capsys.readouterr().err.endswith("stopped at step 5\n")
 
 
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch):
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda *_: signal.raise_signal(signal.SIGINT))
+    with runtime.signals.caught():
+        runtime.signals.waits = True
+        assert not runtime.stop_asked()
+        monkeypatch.setattr(runtime.dist, "all_reduce", lambda *_: None)
+        assert runtime.stop_asked() and runtime.signals.received == signal.SIGINT
+
+
 STUBBORN = """
 import multiprocessing, time
 import runtime
