@@ -83,15 +83,20 @@ def test_other_runtime_errors_keep_their_traceback():
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_stage_in_one_line(number, status, capsys):
-    before = signal.getsignal(number)
-
     def main() -> None:
         signal.raise_signal(number)
         raise AssertionError("went on")
 
-    code, line = said_by(main, capsys)
-    assert code == status and line.endswith("stopped; the same command goes on")
-    assert signal.getsignal(number) == before
+    def other(*_) -> None:
+        pass
+
+    before = signal.signal(number, other)
+    try:
+        code, line = said_by(main, capsys)
+        assert code == status and line.endswith("stopped; the same command goes on")
+        assert signal.getsignal(number) is other
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_training_finishes_its_step(capsys):
