@@ -87,30 +87,31 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with signals.caught():
+        with signals.caught():
+            try:
                 return main(*args, **kwargs)
-        except Stopped as error:
-            message, status = str(error), 128 + signals.received
-        except InputError as error:
-            message, status = f"error: {error}", 2
-        except OSError as error:
-            reason = error.strerror or str(error).strip().split("\n")[-1]
-            message, status = f"error: {error.filename or 'a file'}: {reason}", 2
-        except (MemoryError, torch.OutOfMemoryError):
-            message, status = "error: out of memory: a smaller --batch needs less", 2
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):
+            except Stopped as error:
+                message, status = str(error), 128 + signals.received
+            except InputError as error:
+                message, status = f"error: {error}", 2
+            except OSError as error:
+                reason = error.strerror or str(error).strip().split("\n")[-1]
+                message, status = f"error: {error.filename or 'a file'}: {reason}", 2
+            except (MemoryError, torch.OutOfMemoryError):
                 message, status = "error: out of memory: a smaller --batch needs less", 2
-            elif "gloo/transport" in str(error) or isinstance(error, dist.DistError):
-                message, status = "error: another process of this run has ended, and says why", 2
-            else:
-                raise
-        finally:
-            finish()
-        script = Path(sys.modules[main.__module__].__file__ or "").name
-        print(f"{script}: {message}", file=sys.stderr, flush=True)
-        raise SystemExit(status)
+            except RuntimeError as error:
+                if "can't allocate memory" in str(error):
+                    message, status = "error: out of memory: a smaller --batch needs less", 2
+                elif "gloo/transport" in str(error) or isinstance(error, dist.DistError):
+                    message, status = "error: another process of this run has ended, and says why", 2
+                else:
+                    raise
+            finally:
+                signals.waits = True   # one more signal changes nothing now
+                finish()
+            script = Path(sys.modules[main.__module__].__file__ or "").name
+            print(f"{script}: {message}", file=sys.stderr, flush=True)
+            raise SystemExit(status)
     return wrapped
 
 
@@ -751,8 +752,8 @@ def step_of(line: str) -> float:
     """-1 for the first line, and infinity for one that is broken."""
     try:
         found = json.loads(line)
-        return found["step"] if "step" in found else -1 if "config" in found else math.inf
-    except (ValueError, TypeError, KeyError):   # half a line, of a process that was killed
+        return float(found["step"]) if "step" in found else -1 if "config" in found else math.inf
+    except (ValueError, TypeError, RecursionError):   # half a line, of a process that was killed
         return math.inf
 
 

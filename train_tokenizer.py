@@ -96,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loss", choices=LOSSES, default="ve", help="what acts on the latent")
     add("--lambda1", type=weight, help="weight of Eq. 9")
     add("--lambda2", type=weight, default=1e-6, help="weight of Eq. 10")
-    add("--tau", type=float, default=1.0, help="tau of Eq. 10")
+    add("--tau", type=runtime.finite, default=1.0, help="tau of Eq. 10")
     add("--delta", type=positive, default=1e-6, help="delta of Eq. 9")
     add("--ve-warmup", type=natural, help="steps over which lambda1 grows from 0")
     add("--kl-weight", type=weight, default=1e-6, help="kl: beta of Eq. 1")

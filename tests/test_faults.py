@@ -24,8 +24,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="it needs
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("faults") / "faults.json"
-    command = [sys.executable, "-m", "studies.faults", "--count", "4", "--seed", "1", "--case",
-               "^(tokenizer|samples|transformer)", "--out", str(out)]
+    command = [sys.executable, "-m", "studies.faults", "--count", "3", "--seed", "1", "--case",
+               "^(tokenizer|transformer|samples|two (tok|tra|sam))", "--out", str(out)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode in (0, 1), run.stderr
     return json.loads(out.read_text())["groups"]
@@ -37,7 +37,7 @@ def results(tmp_path_factory):
 def test_promises_are_kept(results, group):
     row = results[group]
     assert row["not"] == []
-    assert row["as promised"] == row["cases"] == 4 - row["left out"]
+    assert row["as promised"] == row["cases"] == 3 - row["left out"]
 
 
 # ------------------------------------------------------------------------------

@@ -99,6 +99,12 @@ def test_a_signal_ends_a_stage_in_one_line(number, status, capsys):
         signal.signal(number, before)
 
 
+def test_a_signal_at_the_end_does_not_hide_the_line(capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "finish", lambda: signal.raise_signal(signal.SIGTERM))
+    code, line = said_by(raiser(InputError("--size 30 is wrong")), capsys)
+    assert code == 2 and line.endswith("--size 30 is wrong")
+
+
 def test_a_training_finishes_its_step(capsys):
     seen = []
 
@@ -499,6 +505,13 @@ def test_a_resumed_log_has_its_first_line_and_what_has_changed(tmp_path):
     first, *lines = map(json.loads, path.read_text().splitlines())
     assert first["config"] == {"lr": 0.1, "steps": 4}
     assert lines == [{"step": 2, "rec": 1.0}, {"step": 2, "changed": {"steps": 8}}]
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1]", "1", "null", "[" * 99_999, '{"a": 1}',
+                                  '{"step": "one"}', '{"step": null}', '{"step": [1]}'])
+def test_a_line_that_is_no_step_is_dropped(line):
+    assert runtime.step_of(line) == math.inf
+    assert runtime.step_of('{"step": 3}') == 3 and runtime.step_of('{"config": {}}') == -1
 
 
 def test_only_rank_0_logs(tmp_path):

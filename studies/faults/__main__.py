@@ -8,7 +8,8 @@
 Seven groups: kills, signals, a disk that refuses, pictures, files, flags, and two
 runs in one folder.  Each case is a run of a stage, with small networks on the
 CPU, in a folder of its own that is removed.  It starts processes of its own only,
-each with a time limit, and uses no network.
+each with a time limit, and uses no network.  It needs Linux, whose /proc tells
+which processes are left; as root it also mounts small disks.
 
 The same command again repeats no group that --out holds of the same code.
 """
@@ -21,6 +22,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -91,7 +93,7 @@ def run_group(name: str, base: Path, args: argparse.Namespace) -> dict[str, Any]
         chosen, mine = len(cases), cases[number::args.jobs]
         outputs.append(place.base / "told.jsonl")
         lanes.append(multiprocessing.get_context("fork").Process(
-            target=run_lane, args=(mine, place, outputs[-1]), daemon=False))
+            target=run_lane, args=(mine, place, outputs[-1])))
         lanes[-1].start()
     try:
         for lane in lanes:
@@ -135,6 +137,7 @@ def show(results: dict[str, Any], names: list[str]) -> None:
 @runtime.command
 def main(argv: list[str] | None = None) -> None:
     parser = runtime.Parser(__doc__)
+    parser.prog = "python -m studies.faults"
     add = parser.add_argument
     add("--only", choices=GROUPS, nargs="+", default=list(GROUPS), help="groups")
     add("--case", default="", metavar="PATTERN",
@@ -150,10 +153,12 @@ def main(argv: list[str] | None = None) -> None:
     results = runtime.read_json(args.out) if args.out.exists() else {}
     if {key: results.get(key) for key in settings} != settings:
         results = settings | {"groups": {}}
-    results |= {"command": runtime.command_line(), "date": time.strftime("%Y-%m-%d"),
-                "versions": runtime.versions(),
+    results |= {"command": " ".join([parser.prog, *sys.argv[1:]]),
+                "date": time.strftime("%Y-%m-%d"), "versions": runtime.versions(),
                 "device": runtime.device_name(torch.device("cpu"))}
     runtime.write_json(args.out, results)
+    if not Path("/proc/self/cwd").exists():
+        raise runtime.InputError("this needs Linux, whose /proc tells which processes are left")
     base = Path(tempfile.mkdtemp(prefix="faults-")).resolve()
     base.chmod(0o755)
     try:

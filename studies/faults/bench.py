@@ -42,6 +42,7 @@ import sample
 import toy2d
 import train_dit
 import train_tokenizer
+from studies import plot
 
 ROOT = Path(runtime.__file__).parent
 LIMIT = 90         # seconds that a run may take
@@ -91,7 +92,7 @@ class Run:
         streams = folder.parent / "streams"
         streams.mkdir(exist_ok=True)
         self.streams = [streams / f"{Run.number}.{end}" for end in ("out", "err")]
-        self.begin = time.monotonic()
+        self.begin, self.status = time.monotonic(), None
         self.process = multiprocessing.get_context("fork").Process(
             target=live, args=(folder, self.streams, stage, argv, before, fresh, environment))
         self.process.start()
@@ -118,8 +119,9 @@ class Run:
         end = time.monotonic() + limit
         while self.running and time.monotonic() < end:
             time.sleep(0.003)
-        self.seconds, hung = time.monotonic() - self.begin, self.running
-        if hung:
+        if self.status is None:   # the first time that it is waited for
+            self.seconds = time.monotonic() - self.begin
+        if self.running:
             kill(family(self.folder))
             self.process.join()
             raise Broken(f"no end after {limit:.0f} s: {self.tail()}")
@@ -392,7 +394,7 @@ class Work:
         for rank in range(self.ranks):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.ranks > 1 else {}
             steps = (*self.before, *before) if rank == 0 else self.before
-            runs.append(Run(folder, self.stage, f"{self.argv} --device cpu", steps,
+            runs.append(Run(folder, self.stage, self.argv, steps,
                             **environment | place))
         return runs
 
@@ -403,18 +405,19 @@ class Work:
         nobody_left(folder)
 
 
-TOKENIZER = Work("tokenizer", train_tokenizer, "--smoke --out run")
+SMOKE = "--smoke --device cpu"
+TOKENIZER = Work("tokenizer", train_tokenizer, f"{SMOKE} --out run")
 GAN = Work("tokenizer with GAN", train_tokenizer,
-           "--smoke --disc-weight 0.5 --disc-start 1 --out run")
-LOADERS = Work("tokenizer with loaders", train_tokenizer, "--smoke --workers 2 --out run")
-DIT = Work("transformer", train_dit, "--smoke --tokenizer stock/tokenizer/checkpoint.pt "
+           f"{SMOKE} --disc-weight 0.5 --disc-start 1 --out run")
+LOADERS = Work("tokenizer with loaders", train_tokenizer, f"{SMOKE} --workers 2 --out run")
+DIT = Work("transformer", train_dit, f"{SMOKE} --tokenizer stock/tokenizer/checkpoint.pt "
            "--cache cache --out run", ("run", "cache"), before=(small_chunks,))
-SAMPLE = Work("samples", sample, "--smoke --dit stock/dit/checkpoint.pt "
+SAMPLE = Work("samples", sample, f"{SMOKE} --dit stock/dit/checkpoint.pt "
               "--tokenizer stock/tokenizer/checkpoint.pt --count 12 --out run")
-EVALUATE = Work("evaluation", evaluate, "--smoke --tokenizer stock/tokenizer/checkpoint.pt "
+EVALUATE = Work("evaluation", evaluate, f"{SMOKE} --tokenizer stock/tokenizer/checkpoint.pt "
                 "--samples stock/samples/samples.npz --out run")
-TOY = Work("toy", toy2d, "--smoke --out run")
-SINGLE = TOKENIZER, GAN, LOADERS, DIT, SAMPLE, EVALUATE, TOY
+TOY = Work("toy", toy2d, f"{SMOKE} --out run")
+PLOT = Work("plot", plot, "stock/tokenizer --keys rec --out run/plot.png")
 
 
 def shared(work: Work) -> Work:
@@ -520,7 +523,7 @@ def make_stock(common: Path) -> None:
             (train_dit, "--tokenizer stock/tokenizer/checkpoint.pt --cache stock/latents "
              "--out stock/dit"),
             (sample, "--dit stock/dit/checkpoint.pt --count 12 --out stock/samples")):
-        Run(common, stage, f"--smoke --device cpu {argv}").wait().went_well()
+        Run(common, stage, f"{SMOKE} {argv}").wait().went_well()
 
 
 # ------------------------------------------------------------------------------

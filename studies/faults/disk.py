@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from studies.faults.bench import (
-    DIT, EVALUATE, GAN, PROMPTLY, SAMPLE, TOKENIZER, TOY, UNFINISHED, Bench, Broken, Case, Run,
-    Skipped, Work, as_anybody, contents, nobody_left, nothing_left, same, watch_files)
+    DIT, EVALUATE, GAN, PLOT, PROMPTLY, SAMPLE, TOKENIZER, TOY, UNFINISHED, Bench, Broken, Case,
+    Run, Skipped, Work, as_anybody, contents, nobody_left, nothing_left, same, watch_files)
 
 STAGES = TOKENIZER, DIT, SAMPLE, EVALUATE, TOY
 # Before how many operations on files each work finds the disk full, or broken
@@ -31,19 +31,20 @@ SHARES = 0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.85, 0.95
 def cases(bench: Bench) -> list[Case]:
     found = []
     for work, (full, broken) in PLACES.items():
-        for kind, count, code in (("full from", full, errno.ENOSPC),
-                                  ("broken at", broken, errno.EIO)):
-            for k in range(count):
-                found.append(Case(f"{work.name}, the disk is {kind} operation {k} of {count} on",
-                                  fails_at(bench, work, k / count, code)))
-    for work in (TOKENIZER, GAN, DIT, SAMPLE, EVALUATE, TOY):
-        for share in SHARES[::2] if work is TOY else SHARES:
+        for k in range(full):
+            found.append(Case(f"{work.name}, the disk is full from operation {k} of {full} on",
+                              fails_at(bench, work, k / full, errno.ENOSPC)))
+        for k in range(broken):
+            found.append(Case(f"{work.name}, the disk fails in operation {k} of {broken}",
+                              fails_at(bench, work, k / broken, errno.EIO)))
+    for work in (TOKENIZER, GAN, DIT, SAMPLE, EVALUATE, TOY, PLOT):
+        for share in SHARES[::2] if work in (TOY, PLOT) else SHARES:
             found.append(Case(f"{work.name}, no file beyond {share:.0%} of the largest",
                               small_files(bench, work, share)))
             for name in work.writes:
                 found.append(Case(f"{work.name}, {name} is a disk of {share:.0%} of the need",
                                   small_disk(bench, work, name, share)))
-    for work in STAGES:
+    for work in (*STAGES, PLOT):
         for name in work.writes:
             for title, prepare in WAYS.items():
                 found.append(Case(f"{work.name}, {name} {title}",
@@ -114,7 +115,8 @@ def small_files(bench: Bench, work: Work, share: float) -> Callable:
 
 def small_disk(bench: Bench, work: Work, name: str, share: float) -> Callable:
     def action(folder: Path) -> None:
-        sizes = [size for path, size in bench.reference(work).sizes.items() if path.startswith(f"{name}/")]
+        sizes = [size for path, size in bench.reference(work).sizes.items()
+                 if path.startswith(f"{name}/")]
         mount(folder / name, f"size={max(4096, int(share * sum(sizes)))}")
         refused(bench, work, folder, work.begin(folder))
         mount(folder / name, "remount,size=1g")
@@ -194,7 +196,7 @@ def in_the_way(work: Work, path: str, argv: str, prepare: Callable[[Path], objec
     def action(folder: Path) -> None:
         (folder / path).parent.mkdir(exist_ok=True)
         prepare(folder / path)
-        run = Run(folder, work.stage, f"{work.argv} --device cpu {argv}", work.before).wait()
+        run = Run(folder, work.stage, f"{work.argv} {argv}", work.before).wait()
         run.refused(Path(path).name)
         nothing_left(folder, UNFINISHED)
         if argv and (done := [*folder.glob("run/*")]):

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import random
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 
 import checkpoints
-from studies import plot
+from studies import experiments, plot
 from studies.faults.bench import (
-    DIT, EVALUATE, PROMPTLY, SAMPLE, TOKENIZER, TOY, Bench, Broken, Case, Hostile, Run, Work,
-    contents, nobody_left, nothing_left, nothing_ran, same, watch_programs)
+    DIT, EVALUATE, PROMPTLY, ROOT, SAMPLE, SMOKE, TOKENIZER, TOY, Bench, Broken, Case, Hostile,
+    Run, Work, contents, nobody_left, nothing_left, nothing_ran, same, watch_programs)
+from studies.faults.flags import all_finite
 from studies.faults.pictures import good_pictures
 
 Prepare = Callable[[Path], object]
@@ -37,15 +39,16 @@ def cases(bench: Bench) -> list[Case]:
         spoilt += [(name, rewritten(change), use != "show") for name, change in WEIGHTS.items()]
         spoilt += [(f"{key} is {name}", entry(key, value), use in needed and name not in allowed)
                    for key, (needed, allowed) in keys.items() for name, value in VALUES.items()]
-        found += [Case(f"{use}: {name}", checkpoint(bench, work, argv, path, source, spoil, refused))
-                  for name, spoil, refused in spoilt]
+        found += [Case(f"{use}: {name}", checkpoint(
+            bench, work, argv, path, source, spoil, refused)) for name, spoil, refused in spoilt]
     for name, spoil in {**SAFETENSORS, **BYTES}.items():
         for use, (work, argv) in SAFE_USES.items():
             found.append(Case(f"{use}: safetensors, {name}", refuses(
                 work, argv, lambda folder, spoil=spoil: spoil(folder / "bad.safetensors"))))
     for name, prepare in LATENTS.items():
         found.append(Case(f"LightningDiT's latents: {name}", refuses(
-            DIT, "--latents latents", lambda folder, prepare=prepare: latents(folder, prepare))))
+            DIT, "--latents latents", lambda folder, prepare=prepare: latents(folder, prepare),
+            begins=name in ("NaN", "infinity"))))
     for name, prepare in ARRAYS.items():
         for use, argv in NPZ_USES.items():
             found.append(Case(f"{use}: {name}", refuses(
@@ -58,6 +61,9 @@ def cases(bench: Bench) -> list[Case]:
         found.append(Case(f"samples.json: {name}", beside_samples(bench, text)))
     found += [Case(f"{work.name}, {name} is spoilt: {kind}", made_again(bench, work, name, spoil))
               for work, name in KEPT for kind, spoil in BYTES.items()]
+    found += [Case(f"an arm of the experiments: {name}", refuses(
+        Work("experiments", experiments, ""), "--draw --results results", damaged_arm(spoil)))
+        for name, spoil in {**BYTES, **ARMS}.items()]
     for name, text in LOGS.items():
         found.append(Case(f"plot: {name}", refuses(
             Work("plot", plot, ""), "bad.jsonl --out run/plot.png", written("bad.jsonl", text))))
@@ -85,13 +91,15 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def refuses(work: Work, argv: str, prepare: Prepare, refused: bool = True,
-            **environment: str) -> Callable:
-    """One line, and nothing has happened.  refused=False: or it ends well."""
+            begins: bool = False, **environment: str) -> Callable:
+    """One line, and nothing has happened.
+
+    refused=False: or it ends well.  begins: or it has begun, and saved good numbers.
+    """
     def action(folder: Path) -> None:
         prepare(folder)
         before = state_of(folder)
-        device = "" if work.stage in (plot, checkpoints) else "--device cpu"
-        run = Run(folder, work.stage, f"{work.argv} {device} {argv}",
+        run = Run(folder, work.stage, f"{work.argv} {argv}",
                   [*work.before, lambda: watch_programs(folder)], **environment)
         run.wait(PROMPTLY)
         nobody_left(folder)
@@ -100,6 +108,9 @@ def refuses(work: Work, argv: str, prepare: Prepare, refused: bool = True,
             run.went_well()
             return nothing_left(folder)
         run.refused(others="no val/")
+        if begins:
+            nothing_left(folder)
+            return all_finite(folder)
         after = state_of(folder)
         if changed := sorted(k for k in before.keys() | after.keys()
                              if before.get(k) != after.get(k)):
@@ -476,7 +487,7 @@ def made_again(bench: Bench, work: Work, pattern: str, spoil: Prepare) -> Callab
         if work is DIT:   # a training that is over would not look at its cache
             (folder / "run/checkpoint.pt").unlink()
         spoil(path)
-        run = Run(folder, work.stage, f"{work.argv} --device cpu",
+        run = Run(folder, work.stage, work.argv,
                   [*work.before, lambda: watch_programs(folder)]).wait()
         nobody_left(folder)
         nothing_ran(folder)
@@ -497,6 +508,37 @@ LOGS: dict[str, str | bytes] = {
 }
 
 
+def damaged_arm(spoil: Prepare) -> Prepare:
+    """The files of all arms of this project, one of them spoilt."""
+    def prepare(folder: Path) -> None:
+        shutil.copytree(ROOT / "results/experiments", folder / "results")
+        spoil(sorted(folder.glob("results/arms/*.json"))[0])
+    return prepare
+
+
+def arm(change: Callable[[dict], object]) -> Prepare:
+    def spoil(path: Path) -> None:
+        found = json.loads(path.read_text())
+        change(found)
+        path.write_text(json.dumps(found))
+    return spoil
+
+
+ARMS: dict[str, Prepare] = {
+    "half of it": cut(0.5), "a list": replaced(lambda path: path.write_text("[1, 2]")),
+    "brackets": replaced(lambda path: path.write_text("[" * 99_999)),
+    "an empty object": replaced(lambda path: path.write_text("{}")),
+    "no numbers": arm(lambda found: found.pop("numbers")),
+    "numbers of text": arm(lambda found: found.update(numbers="text")),
+    "a number of text": arm(lambda found: found["numbers"].update(fd="text")),
+    "a number of NaN": arm(lambda found: found["numbers"].update(fd=float("nan"))),
+    "a number of a list": arm(lambda found: found["numbers"].update(psnr=[1])),
+    "curves of text": arm(lambda found: found.update(curves="text")),
+    "settings of text": arm(lambda found: found.update(settings="text")),
+    "a name of a number": arm(lambda found: found.update(arm=3)),
+}
+
+
 def written(name: str, text: str | bytes) -> Prepare:
     return lambda folder: (folder / name).write_bytes(
         text if isinstance(text, bytes) else text.encode())
@@ -507,7 +549,7 @@ def log_of_run(bench: Bench, text: str | bytes) -> Callable:
     def action(folder: Path) -> None:
         bench.finished(TOKENIZER, folder)
         written("run/log.jsonl", text)(folder)
-        run = Run(folder, TOKENIZER.stage, f"{TOKENIZER.argv} --steps 6 --device cpu").wait()
+        run = Run(folder, TOKENIZER.stage, f"{TOKENIZER.argv} --steps 6").wait()
         nobody_left(folder)
         if run.status:
             run.refused()
@@ -543,7 +585,7 @@ def new_pictures(bench: Bench) -> Callable:
     """The images change between the halves of a training."""
     def action(folder: Path) -> None:
         good_pictures(folder / "data")
-        argv = f"{TOKENIZER.argv} --data data --device cpu"
+        argv = f"{TOKENIZER.argv} --data data"
         Run(folder, TOKENIZER.stage, argv).wait().went_well()
         (folder / "data/3.png").write_bytes((folder / "data/4.png").read_bytes())
         Run(folder, TOKENIZER.stage, f"{argv} --steps 6").wait().refused(
@@ -559,8 +601,8 @@ def new_reference(bench: Bench) -> Callable:
     """One image of a reference changes after its features were kept."""
     def action(folder: Path) -> None:
         good_pictures(folder / "data", 64)
-        argv = ("--smoke --limit 64 --samples stock/samples/samples.npz --reference data "
-                "--features judge --device cpu")
+        argv = (f"{SMOKE} --limit 64 --samples stock/samples/samples.npz --reference data "
+                "--features judge")
 
         def score(out: str) -> dict:
             Run(folder, EVALUATE.stage, f"{argv} --out {out}").wait().went_well()
@@ -588,7 +630,7 @@ def not_finite(bench: Bench) -> Callable:
 def other_network(bench: Bench) -> Callable:
     """The tokenizer of a transformer is replaced by another one."""
     def prepare(folder: Path) -> None:
-        Run(folder, TOKENIZER.stage, f"{TOKENIZER.argv} --seed 5 --device cpu --out other"
+        Run(folder, TOKENIZER.stage, f"{TOKENIZER.argv} --seed 5 --out other"
             ).wait().went_well()
     return refuses(SAMPLE, "--tokenizer other/checkpoint.pt", prepare)
 

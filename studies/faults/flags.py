@@ -68,7 +68,7 @@ NONSENSE = "--nonsense 1", "--see 1", "--out", "--device tpu", "--device", "word
 def given(work: Work, argv: str, value: str) -> Callable:
     def action(folder: Path) -> None:
         before = sorted(folder.rglob("*"))
-        run = Run(folder, work.stage, f"{work.argv} --device cpu {argv}", work.before)
+        run = Run(folder, work.stage, f"{work.argv} {argv}", work.before)
         sometimes = value == "0" or value == "-1" and argv.split()[0] in MAY_BE_NEGATIVE
         run.wait()
         nobody_left(folder)

@@ -1,10 +1,12 @@
 """SIGKILL at any moment: the same command goes on, and ends with the same bits.
 
-A run is killed at a moment that is drawn, or exactly before one of its operations
-on files.  Then its command is given again.  What it leaves at the end is compared
-with an undisturbed run: tensors of checkpoints, lines of the log, images, arrays.
+A run is killed at a moment that is drawn, exactly before one of its operations on
+files, or in the middle of a file.  Then its command is given again.  What it leaves
+at the end is compared with an undisturbed run: tensors of checkpoints, lines of the
+log, images, arrays.
 """
 
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -17,9 +19,11 @@ from studies.faults.bench import (
     same, shared, wait_for, watch_files)
 
 # How often each work is killed at a moment that is drawn, and before how many of
-# its operations on files, which are spread over all of them.
+# its operations on files, which are spread over all of them.  WITHIN: after which
+# shares of its largest file, which is then half written.
 ALONE = ((TOKENIZER, 28, 24), (GAN, 24, 12), (LOADERS, 12, 0), (DIT, 36, 48),
          (SAMPLE, 24, 24), (EVALUATE, 20, 16), (TOY, 8, 12))
+WITHIN = 0.02, 0.3, 0.6, 0.95
 TOGETHER = ((shared(TOKENIZER), 14), (shared(GAN), 6), (shared(DIT), 14), (shared(SAMPLE), 10))
 FRESH = (TOKENIZER, 3), (DIT, 3), (SAMPLE, 2), (EVALUATE, 2), (TOY, 3)
 
@@ -34,6 +38,9 @@ def cases(bench: Bench) -> list[Case]:
         for k in range(operations):
             found.append(Case(f"{work.name}, killed before a file operation, {k} of {operations}",
                               before_an_operation(bench, work, k / operations)))
+        for share in WITHIN[1:2] if work is TOY else WITHIN:
+            found.append(Case(f"{work.name}, killed after {share:.0%} of its largest file",
+                              within_a_file(bench, work, share)))
     for work, moments in TOGETHER:
         draws = bench.draws("kills", work.name)
         for k in range(moments):
@@ -92,10 +99,28 @@ def before_an_operation(bench: Bench, work: Work, share: float) -> Callable:
     return action
 
 
+def within_a_file(bench: Bench, work: Work, share: float) -> Callable:
+    """The system kills a process that writes beyond a limit, which it had set itself."""
+    def action(folder: Path) -> None:
+        limit = max(16_384, int(share * max(bench.reference(work).sizes.values())))
+
+        def begin() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        run, = work.begin(folder, [begin])
+        if run.wait().status != -signal.SIGXFSZ:
+            raise Broken(f"was not killed after {limit} bytes, but {run.status}: {run.tail()}")
+        nobody_left(folder)
+        bench.unharmed(work, folder)
+    return action
+
+
 def fresh(bench: Bench, work: Work, share: float) -> Callable:
     """As a user has it: a new interpreter.  The toy has a pool of two processes."""
     def begin(folder: Path) -> Run:
-        return Run(folder, work.stage, f"{work.argv} --device cpu", fresh="",
+        return Run(folder, work.stage, work.argv, fresh="",
                    OMP_NUM_THREADS="2" if work is TOY else "1")
 
     def action(folder: Path) -> None:
@@ -121,7 +146,7 @@ def under_torchrun(bench: Bench, work: Work, victim: str) -> Callable:
                    argv=f"{work.argv} --steps 20", before=())
 
     def begin(folder: Path) -> Run:
-        return Run(folder, work.stage, f"{work.argv} --device cpu", fresh=TORCHRUN)
+        return Run(folder, work.stage, work.argv, fresh=TORCHRUN)
 
     def action(folder: Path) -> None:
         run = begin(folder)

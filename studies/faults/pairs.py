@@ -14,11 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
-
 from studies.faults.bench import (
-    DIT, EVALUATE, PROMPTLY, SAMPLE, TOKENIZER, TOY, Bench, Broken, Case, Run, Work, contents,
-    nobody_left, nothing_left, same, wait_for, watch_files)
+    DIT, EVALUATE, PROMPTLY, SAMPLE, SMOKE, TOKENIZER, TOY, Bench, Broken, Case, Run, Work,
+    contents, nobody_left, nothing_left, same, wait_for, watch_files)
 
 OTHER_SEED = "--seed 7"
 # The second's flags beside those of the first, and what both write.
@@ -82,7 +80,7 @@ def begin_and_hold(bench: Bench, work: Work, folder: Path, share: float) -> Run:
 
 
 def second(work: Work, argv: str, folder: Path) -> Run:
-    return Run(folder, work.stage, f"{work.argv} --device cpu {argv}", work.before)
+    return Run(folder, work.stage, f"{work.argv} {argv}", work.before)
 
 
 def told_who(run: Run, holder: Run) -> None:
@@ -164,7 +162,7 @@ def one_cache(bench: Bench, building: bool, share: float) -> Callable:
 def tokenizers(folder: Path, count: int) -> list[str]:
     """Flags of transformers on so many tokenizers."""
     for seed in range(1, count):
-        Run(folder, TOKENIZER.stage, f"--smoke --steps 1 --out t{seed} --seed {seed} --device cpu"
+        Run(folder, TOKENIZER.stage, f"{SMOKE} --steps 1 --out t{seed} --seed {seed}"
             ).wait().went_well()
     return ["", *(f"--tokenizer t{seed}/checkpoint.pt" for seed in range(1, count))]
 

@@ -152,7 +152,7 @@ def try_it(work: Work, argv: str, folder: Path) -> Run:
     ghostscript.parent.mkdir()
     ghostscript.write_text("#!/bin/sh\ntouch executed\n")
     ghostscript.chmod(0o755)
-    run = Run(folder, work.stage, f"{work.argv} --device cpu {argv}",
+    run = Run(folder, work.stage, f"{work.argv} {argv}",
               [*work.before, as_anybody, lambda: watch_programs(folder)],
               PATH=f"{ghostscript.parent}:{os.environ['PATH']}")
     run.wait(PROMPTLY)

@@ -130,11 +130,23 @@ def waits_in(step: int, reached: Any) -> None:
     runtime.learning_rate = learning_rate
 
 
+def slow_end() -> None:
+    """The end takes a moment, so that a repeated signal falls into it."""
+    finish = runtime.finish
+
+    def slowly() -> None:
+        time.sleep(0.5)
+        finish()
+
+    runtime.finish = slowly
+
+
 def in_training(bench: Bench, work: Work, number: int, way: str, step: int) -> Callable:
     """While it trains: the step is finished and saved."""
     def action(folder: Path) -> None:
         reached = multiprocessing.Value("i")
-        runs = work.begin(folder, [lambda: waits_in(step, reached)])
+        again = [slow_end] if way.endswith("again") else []
+        runs = work.begin(folder, [*again, lambda: waits_in(step, reached)])
         wait_for(lambda: reached.value, runs[0])
         sent = time.monotonic()
         send(runs[0], number, way)
@@ -222,7 +234,7 @@ def twice(bench: Bench, work: Work, number: int) -> Callable:
 
 
 def begin_fresh(folder: Path, work: Work, how: str = "", threads: int = 1) -> Run:
-    return Run(folder, work.stage, f"{work.argv} --device cpu", fresh=how,
+    return Run(folder, work.stage, work.argv, fresh=how,
                OMP_NUM_THREADS=str(threads))
 
 
