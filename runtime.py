@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -65,6 +66,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+# PyTorch 2.9 tells everybody who chooses a precision of another way to do it.
+warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
 
 # ------------------------------------------------------------------------------
 # The command line.  A mistake of the user ends in one line on stderr and exit
