@@ -43,18 +43,18 @@ if Path(getattr(sys.modules["__main__"], "__file__", None) or "-").parent in (HE
 
 def end_with_parent() -> None:
     """Without torchrun's agent its processes stop, and do not train on as orphans."""
-    known = multiprocessing.parent_process()   # it may have ended already
-    parent = known.pid if known else os.getppid()
+    known, parent = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        # One that had ended before is only missed by multiprocessing.
+        while os.getppid() == parent and (known is None or known.is_alive()):
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-if multiprocessing.parent_process():   # a helper, which must not outlive it while it imports
+if "--multiprocessing-fork" in sys.orig_argv:   # a helper, which may lose it while it imports
     end_with_parent()
 
 # OpenMP's idle threads spin.  Where two processes share the cores, that made a
@@ -145,9 +145,11 @@ class Signals:
         """Both end the process at once, as if it had no handler."""
         numbers = signal.SIGINT, signal.SIGTERM
         before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-        yield
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
 
     def receive(self, number: int, _: Any) -> None:
         if self.received and time.monotonic() - self.when > 1:

@@ -200,6 +200,31 @@ os._exit(0) if %r else time.sleep(60)
             os.kill(child, signal.SIGKILL)
 
 
+METHODS = """
+import multiprocessing, time
+import runtime
+
+def work():
+    runtime.helper()
+    time.sleep(1.5)
+
+if __name__ == "__main__":
+    for method in ("fork", "spawn", "forkserver"):
+        process = multiprocessing.get_context(method).Process(target=work)
+        process.start()
+        process.join()
+        print(method, process.exitcode, flush=True)
+"""
+
+
+def test_a_helper_works_as_long_as_its_parent_lives(tmp_path):
+    # The parent of a process of forkserver is the server, for the system.
+    (tmp_path / "methods.py").write_text(METHODS)
+    run = subprocess.run([sys.executable, tmp_path / "methods.py"], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(Path(runtime.__file__).parent)})
+    assert run.stdout.splitlines() == ["fork 0", "spawn 0", "forkserver 0"]
+
+
 # ------------------------------------------------------------------------------
 # Flags.
 
