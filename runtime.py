@@ -115,6 +115,8 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
                 finish()
             script = Path(sys.modules[main.__module__].__file__ or "").name
             print(f"{script}: {message}", file=sys.stderr, flush=True)
+            if status > 128 and main.__module__ == "__main__":
+                signals.ignored()   # one more would end the interpreter without its status
             raise SystemExit(status)
     return wrapped
 
@@ -138,7 +140,12 @@ class Signals:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, handler)
+
+    def ignored(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     @contextmanager
     def unhandled(self) -> Iterator[None]:

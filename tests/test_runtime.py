@@ -161,6 +161,26 @@ def test_a_second_signal_ends_everything_at_once():
     assert gone(child, within=5)
 
 
+LATE = """
+import atexit
+import signal
+import runtime
+
+@runtime.command
+def main():
+    atexit.register(signal.raise_signal, signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+
+main()
+"""
+
+
+def test_a_signal_that_comes_while_the_interpreter_ends_changes_nothing():
+    ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True,
+                           cwd=Path(runtime.__file__).parent)
+    assert ended.returncode == 143 and ended.stderr.count("\n") == 1
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
