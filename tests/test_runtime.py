@@ -175,9 +175,11 @@ main()
 """
 
 
-def test_a_signal_that_comes_while_the_interpreter_ends_changes_nothing():
-    ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True,
-                           cwd=Path(runtime.__file__).parent)
+def test_a_signal_that_comes_while_the_interpreter_ends_changes_nothing(tmp_path):
+    (tmp_path / "late.py").write_text(LATE)
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "late.py"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(runtime.__file__).parent)})
     assert ended.returncode == 143 and ended.stderr.count("\n") == 1
 
 
