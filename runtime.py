@@ -83,6 +83,9 @@ class Stopped(BaseException):
     """SIGINT or SIGTERM has come.  The message says how far the work is."""
 
 
+STOPPED = "stopped; the same command goes on"
+
+
 def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator of a stage's main: what ends it from outside becomes one line.
 
@@ -96,20 +99,8 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
                 return main(*args, **kwargs)
             except Stopped as error:
                 message, status = str(error), 128 + signals.received
-            except InputError as error:
-                message, status = f"error: {error}", 2
-            except OSError as error:
-                reason = error.strerror or str(error).strip().split("\n")[-1]
-                message, status = f"error: {error.filename or 'a file'}: {reason}", 2
-            except (MemoryError, torch.OutOfMemoryError):
-                message, status = "error: out of memory: a smaller --batch needs less", 2
-            except RuntimeError as error:
-                if "can't allocate memory" in str(error):
-                    message, status = "error: out of memory: a smaller --batch needs less", 2
-                elif "gloo/transport" in str(error) or isinstance(error, dist.DistError):
-                    message, status = "error: another process of this run has ended, and says why", 2
-                else:
-                    raise
+            except Exception as error:
+                message, status = in_one_line(error)
             finally:
                 signals.waits = True   # one more signal changes nothing now
                 finish()
@@ -121,6 +112,26 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def in_one_line(error: Exception) -> tuple[str, int]:
+    """What is said of an error from outside, and the exit status.  Others are bugs."""
+    memory = "error: out of memory: a smaller --batch needs less"
+    if signals.raised:   # a library has made an error of its own of Stopped
+        return STOPPED, 128 + signals.received
+    if isinstance(error, InputError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error).strip().split("\n")[-1]
+        return f"error: {error.filename or 'a file'}: {reason}", 2
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return memory, 2
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return memory, 2
+    if isinstance(error, RuntimeError) and (
+            "gloo/transport" in str(error) or isinstance(error, dist.DistError)):
+        return "error: another process of this run has ended, and says why", 2
+    raise error
+
+
 class Signals:
     """Ctrl-C (SIGINT) and SIGTERM, which Slurm sends before it takes a machine back.
 
@@ -128,11 +139,11 @@ class Signals:
     next one ends the process at once.  One that comes within a second is the same
     one: torchrun passes on what the terminal has sent to everybody already.
     """
-    received, when, waits = 0, 0.0, False
+    received, when, waits, raised = 0, 0.0, False, False
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        self.received, self.waits, before = 0, False, {}
+        self.received, self.waits, self.raised, before = 0, False, False, {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before[number] = signal.signal(number, self.receive)
@@ -166,7 +177,8 @@ class Signals:
         if not self.received:
             self.received, self.when = number, time.monotonic()
             if not self.waits:
-                raise Stopped("stopped; the same command goes on")
+                self.raised = True
+                raise Stopped(STOPPED)
 
 
 signals = Signals()
@@ -655,12 +667,17 @@ def file_sha256(path: str | Path) -> str:
 # The learning rate, the averaged weights, and a watch over the numbers.
 
 
-def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float = 0) -> float:
+def learning_rate(step: int, steps: int, lr: float, warmup: int, cooldown: float = 0,
+                  cosine: bool = False) -> float:
     """Linear over `warmup` steps, then lr, then linear to 0.
 
     cooldown: the share of all steps over which the rate falls; 0 keeps it at lr.
+    cosine: after the warm-up, half a wave down to lr / 10 in place of that.
     """
     up = (step + 1) / max(1, warmup)
+    if cosine:
+        share = max(0, step - warmup) / max(1, steps - warmup)
+        return lr * min(up, 0.55 + 0.45 * math.cos(math.pi * share))
     down = (steps - step) / (cooldown * steps) if cooldown else 1
     return lr * min(1, up, down)
 

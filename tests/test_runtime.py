@@ -99,6 +99,20 @@ def test_a_signal_ends_a_stage_in_one_line(number, status, capsys):
         signal.signal(number, before)
 
 
+def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(capsys):
+    @runtime.command
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise ValueError("Invalid bounding box") from None   # as matplotlib's does
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.endswith("stopped; the same command goes on\n")
+
+
 def test_a_signal_at_the_end_does_not_hide_the_line(capsys, monkeypatch):
     monkeypatch.setattr(runtime, "finish", lambda: signal.raise_signal(signal.SIGTERM))
     code, line = said_by(raiser(InputError("--size 30 is wrong")), capsys)
