@@ -73,8 +73,8 @@ def unpickle(path: Path) -> Any:
 def read(path: str | Path, kind: str | None = None, resume: bool = False) -> dict:
     """The dict in a file of torch.save or safetensors, on the CPU.
 
-    With a kind, "tokenizer" or "dit", the file is ours of this kind, or a
-    published one, of which our entries are made.
+    With a kind, "tokenizer", "dit" or "teacher", the file is ours of this kind, or
+    a published tokenizer or DiT, of which our entries are made.
     resume: it must be ours, with all that a training needs to go on.
     """
     if kind and not Path(path).exists():
@@ -95,7 +95,7 @@ def read(path: str | Path, kind: str | None = None, resume: bool = False) -> dic
         if not isinstance(state, dict):
             raise InputError(f"{path} holds no dict of tensors: give a checkpoint")
     found = state.get("kind")
-    if kind and found is None and not resume:
+    if kind in ("tokenizer", "dit") and found is None and not resume:
         return (from_ldm if kind == "tokenizer" else from_dit)(state, path)
     if kind and found != kind:
         what = f'a "{found}"' if str(found).isalnum() else "no kind"
@@ -163,6 +163,7 @@ NETWORK: dict[str, Any] = {"model_config": dict, "model": dict, "step": int}
 RUN = NETWORK | {"config": dict, "latent_mean": Tensor, "latent_std": Tensor}
 ENTRIES: dict[str, dict] = {
     "tokenizer": RUN | {"optimizer": dict},
+    "teacher": NETWORK | {"config": dict, "optimizer": dict},
     "dit": RUN | {"ema": dict, "ema_updates": int, "errors_by_t": Tensor, "optimizers": list,
                   "tokenizer": dict, "classes": list, "latent_shape": (list, tuple)}}
 INSIDE: dict[str, dict] = {
@@ -240,11 +241,13 @@ def build(make: Callable, config: dict, state: Any, path: str | Path) -> Any:
     """The network of a config with the tensors of `state`, in eval mode on the CPU."""
     state = tensors(state)
     try:
-        networks: dict[str, Any] = {"conv": models.Autoencoder, "vit": models.VitAutoencoder}
-        network = models.DiT if make is models.build_dit else networks[config["arch"]]
+        networks: dict[Any, type] = {
+            models.build_dit: models.DiT, models.build_teacher: models.SemanticTeacher}
+        network = networks.get(make) or models.ARCHITECTURES[config["arch"]]
         hints = typing.get_type_hints(network.__init__)
         wrong = [name for name in config if name in hints and not fits(config[name], hints[name])]
-        if wrong or config.get("depth", 0) + config.get("num_res_blocks", 0) > len(state):
+        blocks = sum(config.get(name, 0) for name in ("depth", "num_res_blocks", "unet_blocks"))
+        if wrong or blocks > len(state):
             raise ValueError(f"{wrong or 'depth'} is wrong")
         with torch.device("meta"):
             module = make(config)
@@ -313,14 +316,20 @@ NAMES = [
 OLD_NAMES = [
     (".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
 
-def load_tokenizer(path: str | Path) -> tuple[models.Tokenizer, dict]:
+def load_tokenizer(path: str | Path, decode_steps: int | None = None
+                   ) -> tuple[models.Tokenizer, dict]:
     """The tokenizer of a file, in eval mode on the CPU, and the file's dict.
 
     Published files hold no statistics of their latents.  Those of Stable Diffusion's
     are known, and diffusers' config.json may have them.
+    decode_steps: of a diffusion decoder, in place of those in its file.
     """
     file = read(path, "tokenizer")
     tokenizer = build(models.build_tokenizer, file["model_config"], file["model"], path)
+    if decode_steps:
+        if not tokenizer.diffuses:
+            raise InputError(f"{path} decodes in one step: leave out --decode-steps")
+        tokenizer.config["decode_steps"] = decode_steps
     return tokenizer, file | {"model_config": tokenizer.config}
 
 def read_tokenizer_parts(path: str | Path) -> dict[str, dict]:

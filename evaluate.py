@@ -65,6 +65,9 @@ def parse(argv):
     add("--workers", type=runtime.natural_int, default=2, help="loaders per process")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seed", type=runtime.seed, default=0, help="of the noise on latents")
+    add("--decode-steps", type=count, help="of diffusion decoders; else their files'")
+    add("--probe", type=count, help="also how well the latents of so many training"
+        " images tell the class: a linear probe, and nearest neighbours")
     add("--write-reference", type=Path, metavar="FILE", help="only write the"
         " statistics of the training images of --data, as ADM does")
     add("--write-images", type=Path, metavar="DIR", help="only encode the"
@@ -219,9 +222,9 @@ def write_reference(path, source, size, choice, read):
 # noise curve.  All of its points share one noise, so that it is smooth.
 
 
-def load_tokenizer(path, source, size, device):
+def load_tokenizer(path, source, size, steps, device):
     """Also the file's content, and the name and size of the images to score."""
-    tokenizer, file = checkpoints.load_tokenizer(path)
+    tokenizer, file = checkpoints.load_tokenizer(path, steps)
     trained = file.get("config", {})
     source, size = source or trained.get("data"), size or trained.get("size")
     if not (source and size):
@@ -230,10 +233,10 @@ def load_tokenizer(path, source, size, device):
 
 
 @torch.no_grad()
-def score_tokenizer(path, source, size, choice, seed, read):
+def score_tokenizer(path, source, size, choice, seed, steps, probe, read):
     """The row of a tokenizer.  The images themselves would have an rFID of 0."""
     device = read.rt.device
-    tokenizer, file, source, size = load_tokenizer(path, source, size, device)
+    tokenizer, file, source, size = load_tokenizer(path, source, size, steps, device)
     images = data.open_dataset(source, size, "val", file.get("config", {}).get("seed", 0))
     net = frozen.load_features(choice, source, size, device)
     lpips = frozen.load_lpips().to(device) if frozen.find_weights("vgg") else None
@@ -246,10 +249,10 @@ def score_tokenizer(path, source, size, choice, seed, read):
     moments = [metrics.Moments() for _ in (*levels, "real images")]
     sums, count = [Counter() for _ in moments], read.count(images)
     for part in read(images, count):
-        x, z = part["pixels"], tokenizer.posterior(part["x"])[0]
-        draws = [runtime.generator(seed, "evaluate", i) for i in part["index"].tolist()]
+        x, z, index = part["pixels"], tokenizer.posterior(part["x"])[0], part["index"].tolist()
+        draws = [runtime.generator(seed, "evaluate", i) for i in index]
         noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in draws])
-        decoded = (tokenizer.decode(z + std * noise.to(z)) for *_, std in levels)
+        decoded = (tokenizer.decode(z + std * noise.to(z), index) for *_, std in levels)
         for moment, total, x_hat in zip(moments, sums, [*map(data.to_uint8, decoded), x]):
             rows, y = net(x_hat)[0], part["y"] if judged else None
             moment.add(rows)
@@ -263,12 +266,36 @@ def score_tokenizer(path, source, size, choice, seed, read):
     scores = {k: v for k, v in curve[0].items() if k not in ("noise", "level")}
     if "recognised" in scores:
         scores["recognised of real images"] = means[-1, -1].item()
+    if probe:
+        train = data.open_dataset(source, size, "train", file.get("config", {}).get("seed", 0))
+        scores |= probe_latents(tokenizer, train, images, probe, read)
     return {"evaluation": "reconstruction", "of": path, "metrics": scores,
             "curve": curve, "protocol": {
                 **net.about(), "images": count, "size": size,
                 "data": f"{source} {images.split}",
                 "data_sha256": data.fingerprint(images),
                 "tokenizer_sha256": runtime.file_sha256(path)}}
+
+
+def probe_latents(tokenizer, train, val, count, read):
+    """Top-1 accuracy of classes from the latent's mean, flat or averaged over positions."""
+    if len(train.classes) < 2 or val.labels([0]) < 0:
+        raise InputError("--probe needs images of several classes, in class folders")
+    alone = Reader(Runtime(read.rt.device), read.batch, read.workers, count)
+    sets = []
+    for images in (train, val):
+        found = [(tokenizer.posterior(part["x"])[0], part["y"])
+                 for part in alone(images, alone.count(images))]
+        sets.append([torch.cat(column) for column in zip(*found)])
+    (z, y), (test, test_y) = sets
+    scores = {}
+    for name, rows in (("flat", lambda a: a.flatten(1)), ("averaged", lambda a: a.mean((2, 3)))):
+        few = min(2048, max(32, len(z) // 50))   # GAE's batch suits a million images
+        with torch.enable_grad():
+            scores[f"linear probe, {name}"] = metrics.linear_probe(
+                rows(z), y, rows(test), test_y, batch=few)
+        scores[f"neighbours, {name}"] = metrics.nearest_neighbours(rows(z), y, rows(test), test_y)
+    return scores
 
 
 def pair_metrics(x_hat, x, y, rows, net, lpips):
@@ -287,14 +314,14 @@ def pair_metrics(x_hat, x, y, rows, net, lpips):
 
 
 @torch.no_grad()
-def write_images(out, path, source, size, read):
-    """Reconstructions as PNG, latents.npz, and mixtures of the first five latents."""
-    tokenizer, _, source, size = load_tokenizer(path, source, size, read.rt.device)
+def write_images(out, path, source, size, steps, read):
+    """Reconstructions and latents, also as pictures, and mixtures of the first five."""
+    tokenizer, _, source, size = load_tokenizer(path, source, size, steps, read.rt.device)
     images, found = data.open_images(source, size), []
     names = picture_names(images)
     for part in read(images, read.count(images), least=1):
         (mean, logvar), index = tokenizer.posterior(part["x"]), part["index"].tolist()
-        pixels = data.to_uint8(tokenizer.decode(mean)).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = data.to_uint8(tokenizer.decode(mean, index)).permute(0, 2, 3, 1).cpu().numpy()
         for i, picture in zip(index, pixels):
             with runtime.atomic(out / "reconstructions" / names[i]) as temporary:
                 Image.fromarray(picture).save(temporary)
@@ -302,6 +329,10 @@ def write_images(out, path, source, size, read):
     mean, std, index = map(np.concatenate, zip(*found))
     with runtime.atomic(out / "latents.npz") as temporary:
         np.savez(temporary, mean=mean, std=std, names=[names[i] for i in index])
+    colours = metrics.principal_colours(torch.from_numpy(mean[:64]))
+    with runtime.atomic(out / "latents.png") as temporary:
+        save_image(torch.nn.functional.interpolate(colours, scale_factor=tokenizer.stride),
+                   temporary, normalize=True, value_range=(-1, 1))
     if len(mean) > 1:
         z, share = torch.from_numpy(mean[:5]), torch.linspace(0, 1, 8)
         mixed = torch.lerp(z[:-1, None], z[1:, None], share[:, None, None, None])
@@ -466,11 +497,12 @@ def main(argv=None):
         runtime.claim(rt, args.write_images / "reconstructions")
         alone = Reader(Runtime(rt.device), args.at_once, args.workers, args.limit)
         return rt.is_main and write_images(
-            args.write_images, *args.tokenizer, args.data, args.size, alone)
+            args.write_images, *args.tokenizer, args.data, args.size, args.decode_steps, alone)
     runtime.claim(rt, args.out, args.out / "results.json")
     runtime.claim(rt, args.out / "cache")
     rows = [
-        score_tokenizer(path, args.data, args.size, args.features, args.seed, read)
+        score_tokenizer(path, args.data, args.size, args.features, args.seed,
+                        args.decode_steps, args.probe, read)
         for path in args.tokenizer]
     if args.samples:
         rows.append(score_samples(

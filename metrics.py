@@ -3,7 +3,7 @@
     two images   psnr, ssim (for LPIPS, which is a network, see frozen.py)
     two sets     frechet_distance, kernel_distance, manifold_metrics
     one set      inception_score, recognised
-    latents      latent_summary
+    latents      latent_summary, principal_colours, linear_probe, nearest_neighbours
 """
 
 import functools
@@ -180,7 +180,21 @@ def manifold_metrics(real: Tensor, fake: Tensor) -> dict[str, float]:
 
 
 # -----------------------------------------------------------------------------
-# What a latent looks like, for the log of a tokenizer's training.
+# What a latent looks like, for the log and the picture of a tokenizer's training.
+
+
+def principal_colours(z: Tensor) -> Tensor:
+    """The three principal components of a latent's channels, as colours in [-1, 1].
+
+    [B, C, h, w] -> [B, 3, h, w].  All images share the components, and a scale on
+    which 98 % of the values lie within the range.  Figure 8 of DGAE shows such maps.
+    """
+    rows = float64(z.movedim(1, -1).flatten(0, -2))
+    rows = F.pad(rows - rows.mean(0), (0, max(0, 3 - rows.shape[1])))
+    found = rows @ torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)
+    low, high = found.quantile(torch.tensor([0.01, 0.99], dtype=found.dtype), dim=0)
+    found = 2 * (found - low) / (high - low).clamp(min=1e-12) - 1
+    return found.clamp(-1, 1).float().unflatten(0, (len(z), *z.shape[2:])).movedim(-1, 1)
 
 
 def latent_summary(mean: Tensor, logvar: Tensor, z: Tensor,
@@ -205,3 +219,43 @@ def latent_summary(mean: Tensor, logvar: Tensor, z: Tensor,
                     "at_clamp": border.float().mean(),
                     "relative_noise": noise.square().mean().sqrt()}
     return {name: value.item() for name, value in summary.items()}
+
+
+# -----------------------------------------------------------------------------
+# What a latent says about the class of its image.  Rows are [N, d]: latents with
+# all positions in a row, or averaged over positions.
+
+
+def linear_probe(rows: Tensor, y: Tensor, test: Tensor, test_y: Tensor, seed: int = 0,
+                 epochs: int = 100, batch: int = 2048, lr: float = 0.008) -> float:
+    """Share of test rows whose class a linear classifier of the rows finds.
+
+    Its training is that of GAE (appendix I): SGD with a constant rate, without
+    momentum and weight decay.  Rows are first divided by their common deviation.
+    """
+    mean, std = rows.mean(0), rows.std()
+    rows, test = (rows - mean) / std, (test - mean) / std
+    net = torch.nn.Linear(rows.shape[1], int(y.max()) + 1, device=rows.device)
+    torch.nn.init.zeros_(net.weight), torch.nn.init.zeros_(net.bias)
+    optimizer, draws = torch.optim.SGD(net.parameters(), lr), generator(seed, "probe")
+    for _ in range(epochs):
+        for part in torch.randperm(len(rows), generator=draws).split(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(net(rows[part]), y[part]).backward()
+            optimizer.step()
+    return (net(test).argmax(1) == test_y).float().mean().item()
+
+
+def nearest_neighbours(rows: Tensor, y: Tensor, test: Tensor, test_y: Tensor,
+                       k: int = 20, temperature: float = 0.07) -> float:
+    """Share of test rows whose class their k nearest rows vote for.
+
+    A neighbour's vote is exp(cosine / temperature), as in DINO (Caron et al. 2021).
+    """
+    mean, right = rows.mean(0), 0
+    rows, classes = F.normalize(rows - mean), int(y.max()) + 1
+    for part, truth in zip(test.split(1024), test_y.split(1024)):
+        cosine, near = (F.normalize(part - mean) @ rows.T).topk(min(k, len(rows)))
+        votes = F.one_hot(y[near], classes) * (cosine / temperature).exp()[..., None]
+        right += (votes.sum(1).argmax(1) == truth).sum().item()
+    return right / len(test)

@@ -1,13 +1,15 @@
 """Every network of the project, and the tables of their sizes.
 
-    Autoencoder     the convolutional tokenizer of LDM and VA-VAE
-    VitAutoencoder  a tokenizer made of transformers, as in GAE
-    PatchGAN        the discriminator that either may train with
-    DiT             the diffusion transformer on their latents (Eq. 4)
+    Autoencoder           the convolutional tokenizer of LDM and VA-VAE
+    VitAutoencoder        a tokenizer made of transformers, as in GAE
+    DiffusionAutoencoder  a tokenizer whose decoder is a diffusion model, as in DGAE
+    SemanticTeacher       what GAE's latent is drawn to
+    PatchGAN              the discriminator that a tokenizer may train with
+    DiT                   the diffusion transformer on their latents (Eq. 4)
 
 Images x are [B, 3, H, W] in [-1, 1].  Latents z are [B, C, h, w] with
-h = H / stride.  Random numbers come from the caller; only the initial weights
-are drawn here.
+h = H / stride.  Random numbers come from the caller; only the initial weights,
+and the noise that a diffusion decoder starts from, are drawn here.
 
     tokenizer = build_tokenizer(AUTOENCODERS["demo"])
     mean, logvar, z, x_hat = tokenizer(x, eps, scale)
@@ -21,6 +23,7 @@ loads as it is (see checkpoints.py).  The names in the ViT are our own.
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -28,19 +31,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import flow
 from losses import split_moments
-from runtime import InputError
+from runtime import InputError, generator
 
 # ------------------------------------------------------------------------------
 # Sizes of the tokenizers.  A config is a plain dict that is stored in the
 # checkpoint and rebuilds the network by itself.  f16d32 is the tokenizer of the
-# paper and of VA-VAE; the ViT sizes are those of GAE's Table 8.  The demo rows
-# are for a CPU and images of 32 x 32: latents of 8 x 8 x 8, or 16 x 4 x 4.
+# paper and of VA-VAE; the ViT sizes are those of GAE's Table 8.  DGAE states its
+# decoders' parameters, 122, 276 and 491 M, and their width.  ADM's network for
+# images of 64 pixels has these parameters, so we take its other settings.  The
+# demo rows are for a CPU and images of 32 x 32: latents of 8 x 8 x 8, or 16 x 4 x 4.
 
 LDM_F16 = dict(arch="conv", ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
                attn_resolutions=(16,), resolution=256)
 LDM_F8 = LDM_F16 | dict(ch_mult=(1, 2, 4, 4), attn_resolutions=())
 VIT_F16D32 = dict(arch="vit", image_size=256, patch=16, z_channels=32, latent_norm=False)
+VIT_L = VIT_F16D32 | dict(depth=24, width=1024, heads=16)
+VIT_SHAPES = VIT_F16D32 | dict(
+    depth=3, width=128, heads=2, image_size=32, patch=8, z_channels=16, smooth=8)
+ADM_64 = dict(unet_mult=(1, 2, 3, 4), unet_blocks=3, unet_attention=(1, 2, 3))
+DGAE = LDM_F8 | ADM_64 | dict(arch="dgae", z_channels=4)
 
 AUTOENCODERS: dict[str, dict] = {
     "demo": dict(arch="conv", ch=16, ch_mult=(1, 2, 2), num_res_blocks=1,
@@ -51,11 +62,19 @@ AUTOENCODERS: dict[str, dict] = {
     "f16d32": LDM_F16 | dict(z_channels=32),
     "vit-demo": VIT_F16D32 | dict(
         depth=3, width=64, heads=2, image_size=32, patch=4, z_channels=8),
-    "vit-shapes": VIT_F16D32 | dict(
-        depth=3, width=128, heads=2, image_size=32, patch=8, z_channels=16, smooth=8),
+    "vit-shapes": VIT_SHAPES,
     "vit-s": VIT_F16D32 | dict(depth=12, width=384, heads=6),
     "vit-b": VIT_F16D32 | dict(depth=12, width=768, heads=12),
-    "vit-l": VIT_F16D32 | dict(depth=24, width=1024, heads=16),
+    "vit-l": VIT_L,
+    "gae-demo": VIT_SHAPES | dict(latent_norm=True),
+    "gae-d32": VIT_L | dict(latent_norm=True),
+    "gae-d64": VIT_L | dict(latent_norm=True, z_channels=64),
+    "dgae-demo": DGAE | dict(
+        ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, resolution=32, z_channels=8,
+        unet_ch=16, unet_mult=(1, 2, 2), unet_blocks=1, unet_attention=()),
+    "dgae-b": DGAE | dict(unet_ch=128),
+    "dgae-m": DGAE | dict(unet_ch=192),
+    "dgae-l": DGAE | dict(unet_ch=256),
 }
 
 # Sizes of the transformers.  The latents add in_channels, input_size and
@@ -118,9 +137,10 @@ class ResidualBlock(nn.Module):
         return skip + self.conv2(F.silu(self.norm2(h)))
 
 class SpatialAttention(nn.Module):
-    """h + proj(softmax(q k^T / sqrt(C)) v) over positions.  [B, C, H, W]"""
-    def __init__(self, channels):
+    """h + proj(softmax(q k^T / sqrt(d)) v) over positions; d = C / heads.  [B, C, H, W]"""
+    def __init__(self, channels, heads=1):
         super().__init__()
+        self.heads = heads
         self.norm = group_norm(channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
@@ -129,9 +149,10 @@ class SpatialAttention(nn.Module):
 
     def forward(self, h):
         normed = self.norm(h)
-        q, k, v = (f(normed).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))
+        q, k, v = (f(normed).flatten(2).unflatten(1, (self.heads, -1)).mT
+                   for f in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return h + self.proj_out(mixed[:, 0].mT.reshape(h.shape))
+        return h + self.proj_out(mixed.mT.reshape(h.shape))
 
 class Level(nn.Module):
     """The blocks at one resolution, then the way to the next resolution."""
@@ -213,7 +234,7 @@ class Decoder(nn.Module):
 # outside of this class needs to ask for it.
 
 class Tokenizer(nn.Module):
-    """What both autoencoders share: the noise of the latent, and forward.
+    """What all autoencoders share: the noise of the latent, and forward.
 
     noise   "learned"   the encoder predicts std, as VE and KL need it
             "fixed"     std = sigma everywhere: sigma-VAE (LatentLM)
@@ -231,7 +252,14 @@ class Tokenizer(nn.Module):
         noise, sigma = config["noise"], config["sigma"]
         std = {"learned": None, "fixed": sigma, "gaussian": sigma / 0.8, "none": 0.0}
         self.channels, self.fixed_std = config["z_channels"], std[noise]
-        self.learns_sigma = noise == "learned"
+        self.learns_sigma, self.diffuses = noise == "learned", False
+
+    def decode(self, z: Tensor, images: Sequence[int] | None = None) -> Tensor:
+        """x_hat [B, 3, H, W], float32 and not clamped, from z.
+
+        Only a diffusion decoder looks at `images`, see DiffusionAutoencoder.
+        """
+        raise NotImplementedError
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean and logvar = log std^2 of q(z | x): [B, C, h, w], float32.
@@ -239,10 +267,11 @@ class Tokenizer(nn.Module):
         Where noise is not learned, logvar is constant, and -inf for "none".
         For "gaussian" it leaves out the scale s of the image.
         """
-        mean, logvar = split_moments(self.encode(x))
-        if not self.learns_sigma:
-            logvar = 2 * torch.full_like(mean, self.fixed_std).log()
-        return mean, logvar
+        moments = self.encode(x)
+        if self.learns_sigma:
+            return split_moments(moments)
+        mean = moments[:, :self.channels].float()
+        return mean, 2 * torch.full_like(mean, self.fixed_std).log()
 
     def sample(self, mean: Tensor, std: Tensor, eps: Tensor, scale: Tensor) -> Tensor:
         """z = mean + std eps, Eq. 5, for eps ~ N(0, I).  [B, C, h, w]
@@ -269,11 +298,13 @@ class Autoencoder(Tokenizer):
                       image of `resolution` pixels
     z_channels        C, the channels of the latent
     noise, sigma      see Tokenizer
+    decoder           a network in place of the usual decoder
     """
 
     def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int,
                  attn_resolutions: tuple[int, ...], resolution: int, z_channels: int,
-                 noise: str = "learned", sigma: float = 0.0) -> None:
+                 noise: str = "learned", sigma: float = 0.0,
+                 decoder: nn.Module | None = None) -> None:
         super().__init__(dict(
             arch="conv", ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks,
             attn_resolutions=attn_resolutions, resolution=resolution,
@@ -281,7 +312,7 @@ class Autoencoder(Tokenizer):
         width = [ch * m for m in ch_mult]
         attention = [resolution // 2 ** i in attn_resolutions for i in range(len(width))]
         self.encoder = Encoder(ch, width, attention, num_res_blocks, z_channels)
-        self.decoder = Decoder(width, attention, num_res_blocks + 1, z_channels)
+        self.decoder = decoder or Decoder(width, attention, num_res_blocks + 1, z_channels)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
 
@@ -311,9 +342,139 @@ class Autoencoder(Tokenizer):
         with torch.autocast(h.device.type, enabled=False):
             return self.quant_conv(h.float())
 
-    def decode(self, z: Tensor) -> Tensor:
-        """x_hat [B, 3, H, W], float32 and not clamped, from z."""
+    def decode(self, z: Tensor, images: Sequence[int] | None = None) -> Tensor:
         return self.decoder(self.post_quant_conv(z)).float()
+
+# ------------------------------------------------------------------------------
+# The tokenizer of DGAE: its decoder is a diffusion model of the image, which gets
+# the latent as its condition.  The network is the U-Net of ADM (Dhariwal and
+# Nichol 2021).  It sees the noised image with the latent beside it, enlarged to
+# the image's size, and predicts the velocity.  As in the rest of the project,
+# t = 1 is the data.
+
+class TimeBlock(ResidualBlock):
+    """A ResidualBlock whose second norm is scaled and shifted by the time."""
+    def __init__(self, c_in, c_out, c_time, heads=0):
+        super().__init__(c_in, c_out)
+        self.time = nn.Linear(c_time, 2 * c_out)
+        self.attn = SpatialAttention(c_out, heads) if heads else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        if heads:
+            nn.init.zeros_(self.attn.proj_out.weight)
+
+    def forward(self, h, c):
+        skip = self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else h
+        scale, shift = self.time(F.silu(c))[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(self.conv1(F.silu(self.norm1(h)))) * (1 + scale) + shift
+        return self.attn(skip + self.conv2(F.silu(h)))
+
+class UNet(nn.Module):
+    """Velocity v_hat(x_t, t, z): [B, 3, H, W], [B], [B, C, h, w] -> [B, 3, H, W]
+
+    ch, mult    level i is ch * mult[i] wide, and half as large as the one before
+    blocks      per level on the way down; on the way up there is one more
+    attention   the levels with attention, in heads of 64 channels
+
+    On the way up, each block sees what a block on the way down has computed at
+    its resolution.  `recompute` is as in Decoder.
+    """
+
+    def __init__(self, ch: int, mult: tuple[int, ...], blocks: int,
+                 attention: tuple[int, ...], z_channels: int) -> None:
+        super().__init__()
+        self.recompute, c, kept = False, ch, [ch]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        heads = [max(1, ch * m // 64) if i in attention else 0 for i, m in enumerate(mult)]
+        self.time = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
+        self.conv_in = nn.Conv2d(3 + z_channels, ch, 3, padding=1)
+        for i, m in enumerate(mult):
+            if i:
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                kept.append(c)
+            for _ in range(blocks):
+                self.down.append(TimeBlock(c, ch * m, 4 * ch, heads[i]))
+                kept.append(c := ch * m)
+        self.mid = nn.ModuleList([
+            TimeBlock(c, c, 4 * ch, max(1, c // 64)), TimeBlock(c, c, 4 * ch)])
+        for i, m in reversed([*enumerate(mult)]):
+            for _ in range(blocks + 1):
+                self.up.append(TimeBlock(c + kept.pop(), ch * m, 4 * ch, heads[i]))
+                c = ch * m
+            if i:
+                self.up.append(named(nearest=nn.Upsample(scale_factor=2.0),
+                                     conv=nn.Conv2d(c, c, 3, padding=1)))
+        self.norm_out = group_norm(c)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        def run(layer: nn.Module, *inputs: Tensor) -> Tensor:
+            if isinstance(layer, TimeBlock):
+                inputs = *inputs, c
+            if self.recompute:
+                return checkpoint(layer, *inputs, use_reentrant=False)
+            return layer(*inputs)
+
+        c = self.time(waves(1000 * t, self.time[0].in_features))
+        h = self.conv_in(torch.cat([x_t, F.interpolate(z, x_t.shape[2:])], dim=1))
+        kept = [h]
+        for layer in self.down:
+            kept.append(h := run(layer, h))
+        for layer in self.mid:
+            h = run(layer, h)
+        for layer in self.up:
+            h = run(layer, torch.cat([h, kept.pop()], 1) if isinstance(layer, TimeBlock) else h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+class DiffusionAutoencoder(Autoencoder):
+    """The autoencoder of DGAE: a convolutional encoder, and a U-Net that decodes.
+
+    unet_ch, unet_mult, unet_blocks, unet_attention   see UNet
+    decode_steps   steps of Euler from noise to an image
+    encoder        the other arguments of Autoencoder
+
+    The training takes one step at a random time, see `forward`.  DGAE does not say
+    in how many steps it decodes; 20 is enough for DiTo, which is its relative.
+    """
+
+    def __init__(self, unet_ch: int, unet_mult: tuple[int, ...], unet_blocks: int,
+                 unet_attention: tuple[int, ...], z_channels: int,
+                 decode_steps: int = 20, **encoder) -> None:
+        unet = UNet(unet_ch, unet_mult, unet_blocks, unet_attention, z_channels)
+        super().__init__(z_channels=z_channels, decoder=unet, **encoder)
+        self.config |= dict(
+            arch="dgae", unet_ch=unet_ch, unet_mult=unet_mult, unet_blocks=unet_blocks,
+            unet_attention=unet_attention, decode_steps=decode_steps)
+        self.diffuses = True
+
+    def forward(self, x: Tensor, eps: Tensor, scale: Tensor, noise: Tensor,
+                t: Tensor) -> tuple[Tensor, ...]:
+        """mean, logvar, z, and what the decoder says of x_t = (1 - t) noise + t x:
+
+        x_hat = x_t + (1 - t) v_hat, and v_hat itself.  noise [B, 3, H, W], t [B].
+        """
+        mean, logvar = self.posterior(x)
+        z = self.sample(mean, torch.exp(0.5 * logvar), eps, scale)
+        x_t = flow.interpolate(x, noise, t)
+        v_hat = self.decoder(x_t, t, self.post_quant_conv(z)).float()
+        return mean, logvar, z, x_t + (1 - t).view(-1, 1, 1, 1) * v_hat, v_hat
+
+    def decode(self, z: Tensor, images: Sequence[int] | None = None) -> Tensor:
+        """Integrate v_hat from noise to x_hat [B, 3, H, W].
+
+        Each number of `images` names a stream of noise, so that an image does not
+        depend on its batch.  Without numbers, all images start from the same noise.
+        """
+        B, _, h, w = z.shape
+        streams = [generator(0, "decoder", i) for i in (images or [0] * B)]
+        shape = 3, h * self.stride, w * self.stride
+        noise = torch.stack([torch.randn(shape, generator=draw) for draw in streams])
+        condition = self.post_quant_conv(z)
+
+        def velocity_fn(x_t: Tensor, t: float) -> Tensor:
+            return self.decoder(x_t, x_t.new_full((B,), t), condition).float()
+
+        return flow.euler(velocity_fn, noise.to(z.device), self.config["decode_steps"])
 
 # ------------------------------------------------------------------------------
 # The discriminator of the tokenizer: the PatchGAN of pix2pix, as in
@@ -386,6 +547,12 @@ class Rope(nn.Module):
         turned = torch.stack([-b, a], dim=-1).flatten(-2)
         return q * self.freqs_cos + turned * self.freqs_sin
 
+def waves(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines, of t / 10000^(2 k / width): [B] -> [B, width]"""
+    k = torch.arange(width // 2, device=t.device, dtype=torch.float32)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000.0) / (width // 2) * k)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
 class TimestepEmbedder(nn.Module):
     """t [B] in [0, 1] -> [B, width]: 128 cosines, 128 sines, then an MLP.
 
@@ -397,9 +564,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        k = torch.arange(128, device=t.device, dtype=torch.float32)
-        angle = t.float()[:, None] * torch.exp(-math.log(10000.0) / 128 * k)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        return self.mlp(waves(t, 256))
 
 # ------------------------------------------------------------------------------
 # One transformer block for both families, and the parts that the ViT
@@ -511,8 +676,8 @@ def unpatchify(tokens, rows, columns, p):
 # ------------------------------------------------------------------------------
 # The tokenizer of GAE (Table 8 there): one transformer encodes patches, another
 # decodes them, and a linear adapter makes the latent.  GAE's adapter gives only
-# a mean.  Ours gives a mean and a log-variance, so that every loss of the paper
-# trains it.
+# a mean.  Ours gives a log-variance too where sigma is learned, so that every loss
+# of the paper trains it.
 
 class VitBlock(nn.Module):
     """h += f(norm(h)) for f = attention, then for f = SwiGLU.  [B, N, D]"""
@@ -576,7 +741,7 @@ class VitAutoencoder(Tokenizer):
             noise=noise, sigma=sigma), patch)
         size, self.grid = (depth, width, heads), image_size // patch
         self.encoder = VitTrunk(3, image_size, patch, *size, width)
-        self.adapter = nn.Linear(width, 2 * z_channels, bias=False)
+        self.adapter = nn.Linear(width, (1 + self.learns_sigma) * z_channels, bias=False)
         self.decoder = VitTrunk(
             z_channels, self.grid, 1, *size, (smooth or 3) * patch * patch)
         self.smooth = nn.Identity()
@@ -593,19 +758,62 @@ class VitAutoencoder(Tokenizer):
         return self.adapter.weight
 
     def encode(self, x: Tensor) -> Tensor:
-        """[B, 2C, h, w], always float32, as in Autoencoder.encode."""
+        """[B, 2C, h, w] as in Autoencoder.encode, or the mean alone; always float32."""
         h = self.encoder(x)
         with torch.autocast(h.device.type, enabled=False):
-            mean, logvar = self.adapter(h.float()).chunk(2, dim=-1)
+            moments = self.adapter(h.float())
             if self.config["latent_norm"]:
+                mean, logvar = moments.tensor_split([self.channels], dim=-1)
                 mean = F.rms_norm(mean, (self.channels,), eps=1e-6)
-            moments = torch.cat([mean, logvar], dim=-1).transpose(1, 2)
-            return moments.unflatten(2, (self.grid, self.grid))
+                moments = torch.cat([mean, logvar], dim=-1)
+            return moments.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """x_hat [B, 3, H, W], float32 and not clamped, from z."""
+    def decode(self, z: Tensor, images: Sequence[int] | None = None) -> Tensor:
         pixels = unpatchify(self.decoder(z), self.grid, self.grid, self.stride)
         return self.smooth(pixels).float()
+
+class SemanticTeacher(nn.Module):
+    """GAE's teacher: what a foundation model says, in as few channels as the latent has.
+
+    `encode` turns features f [B, D, side, side] of a frozen network into the
+    target [B, C, side, side] of the latent's mean (Sec. 4.2 of GAE):
+
+        target = rms(patches(rms(attention(rms(f) + position))))
+
+    rms divides by the root mean square over channels.  `patches` is one linear map
+    for each window of w x w positions.  `forward` decodes the target back to D
+    channels with four transformer blocks, which only the teacher's training needs.
+    """
+
+    def __init__(self, features: int, side: int, z_channels: int, window: int = 4) -> None:
+        super().__init__()
+        if side % window:
+            raise InputError(f"a grid of {side} x {side} does not divide into windows of "
+                             f"{window} x {window}: choose another teacher or size")
+        self.config = dict(features=features, side=side, z_channels=z_channels, window=window)
+        heads, area = max(1, features // 64), window * window
+        self.position = nn.Parameter(0.02 * torch.randn(1, side * side, features))
+        self.attn = Attention("vit", features, heads, qk_norm=True)
+        self.patches = nn.Linear(area * features, area * z_channels, bias=False)
+        self.expand = nn.Linear(z_channels, features, bias=False)
+        self.decoder_position = nn.Parameter(0.02 * torch.randn(1, side * side, features))
+        self.decoder = nn.Sequential(*(VitBlock(features, heads) for _ in range(4)))
+
+    def encode(self, f: Tensor) -> Tensor:
+        side, w = self.config["side"], self.config["window"]
+        tokens = rms(f.flatten(2).mT) + self.position
+        h = rms(self.attn(rms(tokens))).mT.unflatten(2, (side, side))
+        windows = F.unfold(h, w, stride=w).mT       # [B, windows, D w w]
+        target = F.fold(self.patches(windows).mT, (side, side), w, stride=w)
+        return rms(target.movedim(1, -1)).movedim(-1, 1)
+
+    def forward(self, f: Tensor) -> Tensor:
+        h = self.expand(self.encode(f).flatten(2).mT) + self.decoder_position
+        return self.decoder(h).mT.unflatten(2, f.shape[2:])
+
+def rms(h: Tensor) -> Tensor:
+    """Divide by the root mean square over the last dimension."""
+    return F.rms_norm(h, h.shape[-1:], eps=1e-6)
 
 # ------------------------------------------------------------------------------
 # The diffusion transformer: a velocity field on normalised latents (Eq. 4).
@@ -685,7 +893,14 @@ class DiT(nn.Module):
 def build_tokenizer(config: dict) -> Tokenizer:
     """The tokenizer of a config, e.g. AUTOENCODERS["f16d32"]."""
     sizes = {name: value for name, value in config.items() if name != "arch"}
-    return VitAutoencoder(**sizes) if config["arch"] == "vit" else Autoencoder(**sizes)
+    return ARCHITECTURES[config["arch"]](**sizes)
+
+ARCHITECTURES: dict[str, type[Autoencoder] | type[VitAutoencoder]] = {
+    "conv": Autoencoder, "vit": VitAutoencoder, "dgae": DiffusionAutoencoder}
+
+def build_teacher(config: dict) -> SemanticTeacher:
+    """The teacher of a config, as a checkpoint holds it."""
+    return SemanticTeacher(**config)
 
 def build_dit(config: dict) -> DiT:
     """The transformer of a config: a row of DITS and what the latents add."""

@@ -36,10 +36,13 @@ from runtime import InputError
 # 1.70 for its best table (Sec. 5.3), and by 1.45 for the figures of supplement
 # D.  It states neither a time shift nor how labels are drawn.  LightningDiT's
 # protocol guides the first three channels only, after 800 epochs or after 64.
+# GAE's numbers are from an SDE without guidance, and from the ODE with it, again
+# after 800 epochs or after 80; its SDE has another diffusion than SiT's.
 
 PAPER = dict(count=50_000, steps=250, cfg_channels=0)
 LIGHTNINGDIT = PAPER | dict(
     steps=249, shift=0.3, labels="random", cfg_channels=3, precision="fp32")
+GAE = PAPER | dict(shift=0.4)
 PRESETS = {
     "demo": dict(count=500, steps=25, guidance=3.0, cfg_channels=0),
     "plain": dict(count=1000, steps=50, cfg_channels=0),
@@ -48,6 +51,9 @@ PRESETS = {
     "lightningdit": LIGHTNINGDIT | dict(guidance=6.7, interval=[0.125, 1.0]),
     "lightningdit-64": LIGHTNINGDIT | dict(guidance=10.0, interval=[0.11, 1.0]),
     "lightningdit-plain": LIGHTNINGDIT,
+    "gae": GAE | dict(guidance=3.3, interval=[0.3, 1.0]),
+    "gae-80": GAE | dict(guidance=2.5, interval=[0.25, 1.0]),
+    "gae-plain": GAE | dict(sampler="sde"),
 }
 SMOKE = dict(count=5, steps=2, at_once=3, dit=Path("runs/smoke/dit/checkpoint.pt"),
              out=Path("runs/smoke/samples"))
@@ -75,6 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--guidance", type=runtime.non_negative, default=1.0, help="scale; 1: none")
     add("--interval", type=runtime.share, nargs=2, default=[0.0, 1.0],
         help="times of guidance; t = 1 is the data")
+    add("--decode-steps", type=count, help="of a diffusion decoder; default: its file's")
     add("--guide", type=Path, help="a weaker DiT to guide by, as in RAE")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
@@ -100,14 +107,14 @@ class Networks:
     """
 
     def __init__(self, dit: Path, tokenizer: Path | None, stats: Path | None,
-                 guide: Path | None, device: torch.device) -> None:
+                 guide: Path | None, decode_steps: int | None, device: torch.device) -> None:
         self.dit, origin = checkpoints.load_dit(dit)
         config, named = self.dit.config, origin.get("tokenizer", {})
         channels, side = config["in_channels"], config["input_size"]
         self.shape, self.null = [channels, side, side], config["num_classes"]
         self.classes = origin.get("classes") or [str(i) for i in range(self.null)]
         tokenizer = tokenizer or checkpoints.tokenizer_of(dit, origin)
-        self.tokenizer, file = checkpoints.load_tokenizer(tokenizer)
+        self.tokenizer, file = checkpoints.load_tokenizer(tokenizer, decode_steps)
         sha256 = runtime.file_sha256(tokenizer)
         if self.tokenizer.channels != channels or named.get("sha256", sha256) != sha256:
             raise InputError(f"{tokenizer} is not the tokenizer of {dit}: give that one, "
@@ -142,9 +149,10 @@ class Networks:
             raise InputError(f"--class {name}: `python checkpoints.py show` lists the classes")
         return torch.tensor([known[name] for name in wanted] or range(self.null))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """x_hat on the CPU, a few images at a time, to save memory."""
-        return torch.cat([self.tokenizer.decode(few).cpu() for few in z.split(16)])
+    def decode(self, z: Tensor, images: list[int]) -> Tensor:
+        """x_hat of these images on the CPU, a few at a time, to save memory."""
+        return torch.cat([self.tokenizer.decode(z[i:i + 16], images[i:i + 16]).cpu()
+                          for i in range(0, len(z), 16)])
 
 
 def noise_of(images: list[int], shape: list[int], seed: int, *stream: int | str) -> Tensor:
@@ -175,7 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out, args.out / "samples.npz")
-    net = Networks(args.dit, args.tokenizer, args.latent_stats, args.guide, rt.device)
+    net = Networks(args.dit, args.tokenizer, args.latent_stats, args.guide,
+                   args.decode_steps, rt.device)
     classes = net.find(args.classes)
     order = torch.arange(args.count) % len(classes)
     if args.labels == "random":
@@ -218,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
                     velocity_fn, noise, args.steps, args.shift,
                     noise_fn=lambda k: noise_of(images, net.shape, args.seed, "sde", k))
             z = flow.denormalize(z, net.mean, net.std)
-            x_hat = net.decode(z)  # Eq. 32
+            x_hat = net.decode(z, images)  # Eq. 32
         if not (z.isfinite().all() and x_hat.isfinite().all()):
             raise InputError(f"images {images[0]} to {images[-1]} are not finite: use "
                              "--precision fp32, or train the DiT again")

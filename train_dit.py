@@ -50,6 +50,7 @@ PRESETS = {
     "dit-b": BASE | dict(model="DiT-B", t="uniform", cosine_weight=0.0),
     "lightningdit-xl-sota": BASE | dict(
         model="XL", optimizer="muon", steps=530 * 1668, batch=768, lr=1.8e-4),
+    "gae": BASE | dict(model="XL", shift=0.7, latent="mean"),
 }
 SMOKE = dict(
     steps=4, batch=4, warmup=1, log_every=1, save_every=2, grid_steps=1, shapes=64,

@@ -10,10 +10,13 @@ is summed over C, H, W and averaged over the batch.
     ve                  L_rec + lambda1 / (sigma^2 + delta)
                               + lambda2 exp(|z| - tau)           Eqs. 9-11
     kl                  L_rec + beta KL                          Eq. 1
-    sigma               L_rec + w mean^2, the noise is fixed     sigma-VAE
+    sigma               L_rec + w mean^2, the noise is given     sigma-VAE, GAE
     none                L_rec, there is no noise
     log-entropy         as ve, with -lambda1 log sigma^2         Analyze 2
     negative-variance   as ve, with -lambda1 sigma^2             Analyze 2
+
+Where the decoder is a diffusion model (DGAE), L_rec is the squared error of its
+velocity plus LPIPS.
 
 --out receives checkpoint.pt, log.jsonl and images/.  After a crash the same
 command goes on from the checkpoint, and ends with the same numbers.
@@ -31,6 +34,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
+import flow
 import frozen
 import losses
 import metrics
@@ -46,21 +50,36 @@ from runtime import InputError, Runtime
 # expects.  The paper trains at 2.5e-5 with batches of
 # 64 and "mainly" follows the third stage of VA-VAE.  The discriminator starts at
 # batch 2,501: VA-VAE's 5,001 counts the steps of two optimisers.
+#
+# GAE's paper gives the settings of its rows, but not the discriminator's rate.  Its
+# losses are means where ours are sums; AdamW does not see the factor between them.
+# DGAE does not print its weights: those of LPIPS and KL here are DiTo's and LDM's.
 
 ALL = dict(
-    perceptual_weight=0.0, disc_weight=0.0, align_weight=0.0, ve_warmup=0,
-    # These have no flags: the steps in which the rate rises, the share of the
-    # steps in which it falls to 0 at the end, the steps between lines of the
-    # log, and the number of held-out images.
-    warmup=100, cooldown=0.0, log_every=50, val_images=256)
+    perceptual_weight=0.0, disc_weight=0.0, align_weight=0.0, semantic_weight=0.0, ve_warmup=0,
+    # These have no flags: AdamW's betas, as in LDM and VA-VAE, and its weight decay,
+    # of which the paper states none; the steps in which the rate rises, the share of
+    # the steps in which it falls to 0 at the end, or whether it falls as a cosine;
+    # the steps between lines of the log, and the number of held-out images.
+    betas=[0.5, 0.9], weight_decay=0.0, warmup=100, cooldown=0.0, cosine=False,
+    log_every=50, val_images=256)
 PAPER = ALL | dict(lambda1=0.1, size=256, batch=64, lr=2.5e-5, save_every=5000,
                    perceptual_weight=1.0, disc_weight=0.5)
 PHOTOS = ALL | dict(model="f8d8", lambda1=0.1, lr=1e-4, steps=100_000, save_every=5000,
                     perceptual_weight=1.0)
 VAVAE = PAPER | dict(model="f16d32", align_weight=0.1)
+DEMO = ALL | dict(model="vit-shapes", lambda1=1e-3, size=32, batch=16, lr=3e-3,
+                  steps=2300, cooldown=0.8)
+GAE_NOISE = dict(loss="sigma", sigma=0.2, mean_weight=0.0, semantic_weight=1.0,
+                 teacher="runs/teacher/checkpoint.pt")
+GAE = PAPER | GAE_NOISE | dict(
+    model="gae-d32", batch=1024, lr=2e-4, steps=250_000, warmup=8000, cosine=True,
+    betas=[0.9, 0.98], weight_decay=0.05, disc_mode="constant", disc_start=5001)
+DGAE = ALL | dict(
+    loss="kl", lambda1=0.1, size=256, batch=96, lr=1e-4, steps=500_000, warmup=10_000,
+    cosine=True, betas=[0.9, 0.95], weight_decay=0.1, perceptual_weight=0.5, save_every=5000)
 PRESETS = {
-    "demo": ALL | dict(model="vit-shapes", lambda1=1e-3, size=32, batch=16, lr=3e-3,
-                       steps=2300, cooldown=0.8),
+    "demo": DEMO,
     "small": ALL | dict(model="vit-demo", lambda1=0.1, size=32, batch=32, lr=1e-3,
                         steps=1500),
     "photos-64": PHOTOS | dict(size=64, batch=64),
@@ -70,6 +89,13 @@ PRESETS = {
     "vavae-f16d32": VAVAE | dict(steps=320_292),                  # 16 epochs
     "vavae-f16d32-finetune": VAVAE | dict(steps=100_091, disc_start=0,
                                           ve_warmup=1000),        # 5 epochs
+    "gae-demo": DEMO | GAE_NOISE | dict(model="gae-demo"),
+    "gae-d32": GAE,                                               # 200 epochs
+    "gae-d64": GAE | dict(model="gae-d64"),
+    "dgae-demo": DEMO | dict(model="dgae-demo", lambda1=0.01, val_images=64),
+    "dgae-b": DGAE | dict(model="dgae-b"),
+    "dgae-m": DGAE | dict(model="dgae-m"),
+    "dgae-l": DGAE | dict(model="dgae-l"),
 }
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, val_images=8,
              workers=0, out=Path("runs/smoke/tokenizer"))
@@ -111,8 +137,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--disc-start", type=natural, default=2501, help="step at which it begins")
     add("--align-weight", type=weight, help="weight of VA-VAE's alignment, relative "
         "to L_rec's gradient at the encoder's last layer; 0 for none")
-    add("--teacher", default="dinov2_vitl14", help="what it aligns to: this, _vitb14, "
-        "_vits14, a file of their weights, or module:function")
+    add("--semantic-weight", type=weight, help="weight of GAE's loss on the latent, "
+        "relative to L_rec's mean over pixel values; 0 for none")
+    add("--semantic-at", choices=["latent", "pre", "post"], default="latent",
+        help="where it acts: the mean, the features before it, or a map of it")
+    add("--teacher", default="dinov2_vitl14", help="what these two learn from: this, "
+        "_vitb14, _vits14, a file of their weights, judge, efficientnet-lite0, "
+        "module:function, or, for the latent of GAE, a file of train_teacher.py")
+    add("--disc-mode", choices=["adaptive", "constant"], default="adaptive",
+        help="constant: --disc-weight is relative to L_rec's mean over pixel values")
 
     add = p.add_argument_group("optimisation (AdamW)").add_argument
     add("--steps", type=count, help="optimiser steps in all")
@@ -133,15 +166,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Reconstruction:
-    """L_rec: the absolute error, plus LPIPS where it has a weight."""
+    """L_rec: the absolute error, plus LPIPS where it has a weight.
+
+    With the velocity v of a diffusion decoder, which predicts v_hat, the squared
+    error of the velocity takes the place of the absolute error.
+    """
 
     def __init__(self, perceptual_weight: float, device: torch.device) -> None:
         self.weight = perceptual_weight
         if self.weight:
             self.lpips = frozen.load_lpips().to(device)
 
-    def __call__(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        rec = losses.absolute_error(x_hat, x)
+    def __call__(self, x_hat: Tensor, x: Tensor, v_hat: Tensor | None = None,
+                 v: Tensor | None = None) -> Tensor:
+        if v_hat is None or v is None:
+            rec = losses.absolute_error(x_hat, x)
+        else:
+            rec = losses.squared_error(v_hat, v)
         if self.weight:
             rec = rec + self.weight * losses.perceptual_error(self.lpips, x_hat, x)
         return rec
@@ -150,7 +191,7 @@ class Reconstruction:
 class Alignment:
     """Draws the latent to the features of a frozen teacher."""
 
-    name, start, maximum = "align", 0, 1e8
+    name, start, maximum, constant = "align", 0, 1e8, False
 
     def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
                  rt: Runtime) -> None:
@@ -176,10 +217,72 @@ class Alignment:
         with self.autocast():
             return self.teacher(x).float()
 
-    def loss(self, x: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
         """L_mdms + L_mcos of the sample z, projected to the features' width."""
         pair = self.network(z), self.features(x)
         return losses.marginal_distance_matrix(*pair) + losses.marginal_cosine(*pair)
+
+
+class SemanticPreservation:
+    """Draws the latent to a teacher as GAE does, in one of three places (Figure 3).
+
+    latent   the mean, to the target of a trained teacher
+    pre      the encoder's features, to those of a foundation model of this width
+    post     a linear map of the mean, to such features
+    """
+
+    name, start, constant = "semantic", 0, True
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        self.weight, self.place = args.semantic_weight, args.semantic_at
+        self.autocast = lambda: rt.autocast(args.precision)
+        side = args.size // tokenizer.stride
+        if ":" not in args.teacher and not Path(args.teacher).exists() and self.place == "latent":
+            raise InputError(f"GAE's latent needs a teacher, but {args.teacher} is not there: "
+                             "`python train_teacher.py` makes one; or --semantic-weight 0")
+        if self.place == "latent" and ":" not in args.teacher:
+            self.teacher = frozen.Target(args.teacher, side)
+        else:
+            self.teacher = frozen.load_teacher(args.teacher, side, imagenet=True)
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.to(rt.device)
+        tokenizer.encoder.register_forward_hook(self.keep)
+        x = torch.zeros(1, 3, args.size, args.size, device=rt.device)
+        with torch.no_grad():
+            mean, target = tokenizer.posterior(x)[0], self.target(x)
+        self.network, self.parts = nn.Identity(), {}
+        if self.place == "post":
+            net = nn.Conv2d(tokenizer.channels, target.shape[1], 1, bias=False).to(rt.device)
+            self.network, self.parts = rt.wrap(net), {"semantic_projection": net}
+        if self.place == "pre" and self.features.ndim != 3:
+            raise InputError(f"--semantic-at pre needs a ViT, not --model {args.model}")
+        found = self.found(mean).shape
+        if found != target.shape:
+            raise InputError(f"--teacher {args.teacher} gives {list(target.shape)} for one "
+                             f"image, but {self.place} has {list(found)}")
+        self.parameters = list(self.network.parameters())
+
+    def keep(self, encoder: nn.Module, inputs: tuple, features: Tensor) -> None:
+        self.features = features
+
+    def learn(self, lr: float) -> None:
+        """The linear map learns with the tokenizer, in its optimiser."""
+
+    @torch.no_grad()
+    def target(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            target = self.teacher(x).float()
+        return models.rms(target.movedim(1, -1)).movedim(-1, 1)
+
+    def found(self, mean: Tensor) -> Tensor:
+        """What is compared with the target: [B, D, h, w]."""
+        if self.place == "pre":
+            return models.rms(self.features.float()).mT.unflatten(2, mean.shape[2:])
+        return self.network(mean)
+
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
+        return losses.semantic_preservation(self.found(mean), self.target(x))
 
 
 class Adversary:
@@ -200,15 +303,16 @@ class Adversary:
     def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
                  rt: Runtime) -> None:
         self.weight, self.layer = args.disc_weight, tokenizer.last_layer
+        self.constant = args.disc_mode == "constant"
         self.start, self.autocast = args.disc_start, lambda: rt.autocast(args.precision)
         self.net = models.PatchGAN().to(rt.device, memory_format=torch.channels_last)
         self.network = rt.wrap(self.Both(self.net))
-        self.optimizer = adamw(self.net.parameters(), args.lr)
+        self.optimizer = adamw(self.net.parameters(), args)
         self.parameters: list[Tensor] = []   # none that the tokenizer's optimiser trains
         self.parts = {"discriminator": self.net, "disc_optimizer": self.optimizer}
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
-    def loss(self, x: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
         """What the tokenizer minimises.  The pair is kept to learn from."""
         self.pairs.append((x, x_hat.detach()))
         self.net.requires_grad_(False)
@@ -229,18 +333,20 @@ class Adversary:
         self.pairs = []
 
 
-def adamw(parameters: Iterable[Tensor], lr: float) -> torch.optim.AdamW:
-    """With the betas of LDM and VA-VAE.  The paper states no weight decay."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.5, 0.9), weight_decay=0.0,
-                             fused=True)
+def adamw(parameters: Iterable[Tensor], args: argparse.Namespace) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=args.lr, betas=tuple(args.betas),
+                             weight_decay=args.weight_decay, fused=True)
 
 
-def balance(rec: Tensor, loss: Tensor, other: Alignment | Adversary) -> Tensor:
+def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
     """The weight at which `loss` pulls as hard as L_rec, times its own weight.
 
     Both pulls are gradients at one layer, averaged over the processes.  Neither
-    KL nor VE is part of the reference.
+    KL nor VE is part of the reference.  A constant weight counts beside the mean of
+    L_rec over pixel values, and L_rec is the sum of so many `values`.
     """
+    if other.constant:
+        return loss.new_tensor(other.weight * values)
     pulls = [torch.autograd.grad(a, other.layer, retain_graph=True)[0]
              for a in (rec, loss)]
     pulls = [runtime.all_reduce_mean(pull) for pull in pulls]
@@ -257,8 +363,9 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
              ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Scores of held-out images [N, 3, H, W], and the statistics of their z.
 
-    The picture has four rows: inputs, what is decoded from the posterior's mean
-    and from a sample, and sigma on a logarithmic scale.
+    The picture has five rows: inputs, what is decoded from the posterior's mean
+    and from a sample, the latent's three principal components as colours, and sigma
+    on a logarithmic scale.
     `noise_cost` is what the sample's noise adds to L_rec, over the L_var of
     Eq. 9.  At the equilibrium of Eq. 14 it equals lambda1.
     """
@@ -271,7 +378,8 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
         eps = torch.randn(mean.shape, generator=draws, device=device)
         scale = torch.randn(len(x), generator=draws, device=device)
         z = tokenizer.sample(mean, torch.exp(0.5 * logvar), eps, scale)
-        pair = tokenizer.decode(mean), tokenizer.decode(z)
+        numbers = range(32 * k, 32 * k + len(x))
+        pair = tokenizer.decode(mean, numbers), tokenizer.decode(z, numbers)
         of_mean, of_sample = (rec_of(x_hat, x).item() for x_hat in pair)
         cost += (of_sample - of_mean) * len(x) / len(images)
         rows.append([a.cpu() for a in (mean, logvar, z, *pair)])
@@ -281,7 +389,9 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
     for name, x_hat in zip(("psnr_mean", "psnr_sample"), pair):
         psnr = metrics.psnr(data.to_uint8(x_hat), data.to_uint8(images))
         scores[name] = psnr.mean().item()
+    colours = metrics.principal_colours(mean[:12])
     rows = dict(zip(("held-out images", "D(mean)", "D(z)"), (images, *pair)))
+    rows["latent"] = nn.functional.interpolate(colours, images.shape[-2:])
     if tokenizer.learns_sigma:
         scores["noise_cost"] = cost / inverse_variance(logvar).item()
         low, high, shown = sigma_map(logvar[:12], images.shape[-2:])
@@ -351,13 +461,19 @@ def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
 
 
 def noise(tokenizer: models.Tokenizer, x: Tensor, batch: int, seed: int, step: int,
-          rt: Runtime) -> tuple[Tensor, Tensor]:
-    """eps of Eq. 5 [b, C, h, w], and the scale [b] that a sigma-VAE may need."""
+          rt: Runtime) -> list[Tensor]:
+    """eps of Eq. 5 [b, C, h, w], and the scale [b] that a sigma-VAE may need.
+
+    For a diffusion decoder also the noise of its image, and the time.
+    """
     side, b = x.shape[-1] // tokenizer.stride, batch // rt.world
     shape = b, tokenizer.channels, side, side
-    eps = runtime.global_randn(shape, rt, seed, "eps", step)
-    scale = runtime.global_randn((b,), rt, seed, "scale", step)
-    return eps[:len(x)], scale[:len(x)]   # unreadable images are left out
+    draws = [runtime.global_randn(shape, rt, seed, "eps", step),
+             runtime.global_randn((b,), rt, seed, "scale", step)]
+    if tokenizer.diffuses:
+        draws += [runtime.global_randn((b, *x.shape[1:]), rt, seed, "decoder", step),
+                  runtime.global_rand(b, rt, seed, "decoder's time", step)]
+    return [draw[:len(x)] for draw in draws]   # unreadable images are left out
 
 
 @runtime.command
@@ -379,13 +495,15 @@ def main(argv: list[str] | None = None) -> None:
     others = []
     if args.align_weight:
         others.append(Alignment(args, tokenizer, rt))
+    if args.semantic_weight:
+        others.append(SemanticPreservation(args, tokenizer, rt))
     if args.disc_weight:
         others.append(Adversary(args, tokenizer, rt))
     parts, parameters = {"model": tokenizer}, list(tokenizer.parameters())
     for other in others:
         parts |= other.parts
         parameters += other.parameters
-    parts["optimizer"] = optimizer = adamw(parameters, args.lr)
+    parts["optimizer"] = optimizer = adamw(parameters, args)
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
     done = restore(parts, checkpoint, args.init, config)
@@ -407,17 +525,18 @@ def main(argv: list[str] | None = None) -> None:
         batch = next(batches)
         runtime.report_skipped(batch["skipped"])
         x = batch["x"].contiguous(memory_format=torch.channels_last)
-        eps, scale = noise(tokenizer, x, args.batch, args.seed, step, rt)
+        draws = noise(tokenizer, x, args.batch, args.seed, step, rt)
         lambda1 = args.lambda1 * min(1, (step + 1) / max(1, args.ve_warmup))
 
         optimizer.zero_grad(set_to_none=True)
-        for x, eps, scale in runtime.micro_batches(
-                networks, args.accumulate, x, eps, scale):
+        for x, *draws in runtime.micro_batches(networks, args.accumulate, x, *draws):
             with rt.autocast(args.precision):
-                mean, logvar, z, x_hat = network(x, eps, scale)
+                mean, logvar, z, x_hat, *v_hat = network(x, *draws)
 
             # Eq. 11, or one of the objectives with which it is compared.
             rec = reconstruction(x_hat, x)
+            if tokenizer.diffuses:
+                rec = reconstruction(x_hat, x, *v_hat, flow.velocity(x, draws[2]))
             if args.loss == "ve":
                 total = (rec + lambda1 * inverse_variance(logvar, args.delta)
                          + args.lambda2 * exponential_magnitude(z, args.tau))
@@ -435,14 +554,14 @@ def main(argv: list[str] | None = None) -> None:
             # What else draws at the tokenizer is balanced with L_rec.
             for other in others:
                 if step >= other.start:
-                    loss = other.loss(x, z, x_hat)
-                    weight = balance(rec, loss, other)
+                    loss = other.loss(x, mean, z, x_hat)
+                    weight = balance(rec, loss, other, x[0].numel())
                     total = total + weight * loss
                     terms |= {other.name: loss, f"{other.name}_weight": weight}
             (total / args.accumulate).backward()
 
         lr = runtime.learning_rate(step, args.steps, args.lr, args.warmup,
-                                   args.cooldown)
+                                   args.cooldown, args.cosine)
         optimizer.param_groups[0]["lr"] = lr
         # The bound counts per pixel value, so that it fits images of every size.
         norm = nn.utils.clip_grad_norm_(parameters, args.clip * x[0].numel())
@@ -471,8 +590,8 @@ def main(argv: list[str] | None = None) -> None:
                 scores, statistics = validate(
                     tokenizer, val, args.seed, reconstruction,
                     picture=args.out / f"images/{step:07d}.png")
-                if args.loss == "ve" and args.lambda1:   # 1 at the equilibrium
-                    scores["balance"] = scores["noise_cost"] / args.lambda1
+                if args.loss == "ve" and args.lambda1 and not tokenizer.diffuses:
+                    scores["balance"] = scores["noise_cost"] / args.lambda1   # 1: Eq. 14
                 log.write(step=step, held_out=scores)
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= statistics | {

@@ -26,6 +26,8 @@ SMALL = dict(arch="conv", ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resoluti
              resolution=8, z_channels=4)
 SMALL_VIT = dict(arch="vit", image_size=8, patch=2, depth=2, width=24, heads=2, z_channels=4,
                  latent_norm=False)
+SMALL_DGAE = SMALL | dict(arch="dgae", unet_ch=8, unet_mult=(1, 2, 3), unet_blocks=2,
+                          unet_attention=(1,))
 TINY = dict(depth=2, width=64, heads=2, input_size=8, num_classes=10)
 LIGHTNINGDIT_TINY = TINY | dict(family="lightningdit", patch=1, in_channels=16)
 SIT_TINY = TINY | dict(family="sit", patch=2, in_channels=4, learn_sigma=True)
@@ -163,6 +165,33 @@ def test_sizes_of_the_autoencoders_and_the_discriminator():
     assert (count(net.encoder), count(net.decoder)) == (310_378_496, 309_362_688)
 
 
+def test_sizes_of_gae_and_its_teacher():
+    """Table 13 of GAE states 310.38, 309.36 and 0.033 million for the autoencoder.
+
+    It counts 316.95 for the teacher, of which DINOv2-L has 304.37, and 51.41 for the
+    teacher's decoder, both without their tables of positions.
+    """
+    with torch.device("meta"):
+        net = models.build_tokenizer(models.AUTOENCODERS["gae-d32"] | dict(
+            noise="gaussian", sigma=0.2))
+        teacher = models.SemanticTeacher(1024, 16, 32)
+    parts = net.encoder, net.decoder, net.adapter
+    assert [round(count(part) / 1e6, 2) for part in parts] == [310.38, 309.36, 0.03]
+    assert count(net.adapter) == 32_768
+    assert round(304.37 + (count(teacher.attn) + count(teacher.patches)) / 1e6, 2) == 316.95
+    assert round((count(teacher.expand) + count(teacher.decoder)) / 1e6, 2) == 51.41
+    assert teacher.position.numel() == teacher.decoder_position.numel() == 256 * 1024
+
+
+@pytest.mark.parametrize("row, decoder, total", [
+    ("dgae-b", 122, 157), ("dgae-m", 276, 310), ("dgae-l", 491, 525)])
+def test_sizes_of_dgae(row, decoder, total):
+    """Millions, of which DGAE's Table 1 prints no decimals."""
+    with torch.device("meta"):
+        net = models.build_tokenizer(models.AUTOENCODERS[row])
+    assert (count(net.decoder) // 10**6, count(net) // 10**6) == (decoder, total)
+
+
 @pytest.mark.parametrize("row, millions", [
     ("S", 32.985), ("B", 130.556), ("L", 458.153), ("XL", 675.257), ("DiT-B", 130.525),
     ("SiT-S/2", 32.957), ("SiT-B/2", 130.500), ("SiT-L/2", 458.086), ("SiT-XL/2", 675.111)])
@@ -237,6 +266,139 @@ def test_what_a_tokenizer_says_about_itself():
         assert (net.stride, net.channels) == (stride, channels)
         assert net.last_layer is net.get_parameter(f"{last}.weight")
         assert net.encoder_last_layer is net.get_parameter(f"{encoder_last}.weight")
+
+
+# ------------------------------------------------------------------------------
+# A decoder that is a diffusion model, and GAE's teacher.
+
+
+class Field(nn.Module):
+    """A velocity field in the place of the U-Net."""
+
+    def __init__(self, velocity) -> None:
+        super().__init__()
+        self.velocity = velocity
+
+    def forward(self, x_t, t, z):
+        return self.velocity(x_t, t.view(-1, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_a_decoder_that_knows_the_image_restores_it():
+    """From any noise, x - x_t over what is left of the time leads to x, in any steps."""
+    x, z = arr("image", 2, 3, 8, 8), torch.zeros(2, 4, 4, 4)
+    for steps in (1, 2, 7):
+        net = tokenizer(SMALL_DGAE, decode_steps=steps)
+        net.decoder = Field(lambda x_t, t: (x - x_t) / (1 - t))
+        assert_close(net.decode(z, [3, 8]), x, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_decoding_converges_with_the_first_order():
+    """Images N(m, s^2) have the velocity m + (t s^2 - 1 + t) / var (x_t - t m), with
+    var = (1 - t)^2 + t^2 s^2.  Its flow carries the noise n to m + s n."""
+    m, s, errors = 0.5, 0.3, []
+    for steps in (50, 100, 200):
+        net, noise = tokenizer(SMALL_DGAE, decode_steps=steps), []
+        net.decoder = Field(lambda x_t, t: noise.append(x_t) or m + (
+            t * s**2 - 1 + t) / ((1 - t) ** 2 + t**2 * s**2) * (x_t - t * m))
+        found = net.decode(torch.zeros(1, 4, 4, 4))
+        errors.append((found - m - s * noise[0]).abs().max())
+    assert 1.8 < errors[0] / errors[1] < 2.2 and 1.8 < errors[1] / errors[2] < 2.2
+
+
+@torch.no_grad()
+def test_a_decoded_image_does_not_depend_on_its_batch():
+    net, z = tokenizer(SMALL_DGAE, decode_steps=3), arr("z", 4, 4, 4, 4)
+    together, alone = net.decode(z, [5, 6, 7, 8]), net.decode(z[2:3], [7])
+    assert_close(together[2:3], alone, rtol=0, atol=1e-5)
+    assert not torch.allclose(net.decode(z[2:3], [6]), alone, atol=1e-2)
+    same = net.decode(z[:1].expand(2, -1, -1, -1))
+    assert torch.equal(same[0], same[1])
+
+
+@torch.no_grad()
+def test_a_step_of_a_diffusion_decoder():
+    net = tokenizer(SMALL_DGAE)
+    x, noise, t = arr("x", 2, 3, 8, 8), arr("noise", 2, 3, 8, 8), torch.tensor([0.25, 0.5])
+    mean, _, z, x_hat, v_hat = net(x, arr("eps", 2, 4, 4, 4), torch.ones(2), noise, t)
+    x_t = torch.stack([0.75 * noise[0] + 0.25 * x[0], 0.5 * noise[1] + 0.5 * x[1]])
+    assert_close(v_hat, net.decoder(x_t, t, net.post_quant_conv(z)))
+    assert_close(x_hat, x_t + torch.tensor([0.75, 0.5]).view(2, 1, 1, 1) * v_hat)
+
+
+@torch.no_grad()
+def test_unet_against_plain_loops():
+    """Two levels with one block each; the latent is enlarged to the nearest position."""
+    net = filled(models.UNet(8, (1, 2), 1, (), 4))
+    x_t, t, z = arr("x_t", 2, 3, 8, 8), torch.tensor([0.3, 0.9]), arr("z", 2, 4, 4, 4)
+    w = dict(net.state_dict())
+
+    def conv(name, h, **options):
+        return torch.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], **options)
+
+    def norm(name, h):
+        groups = h.unflatten(1, (min(32, h.shape[1] // 4), -1))
+        mean, var = groups.mean((2, 3, 4), True), groups.var((2, 3, 4), False, keepdim=True)
+        h = ((groups - mean) / (var + 1e-6).sqrt()).flatten(1, 2)
+        return h * w[f"{name}.weight"].view(-1, 1, 1) + w[f"{name}.bias"].view(-1, 1, 1)
+
+    def silu(h):
+        return h * h.sigmoid()
+
+    def block(name, h):
+        moved = silu(c) @ w[f"{name}.time.weight"].T + w[f"{name}.time.bias"]
+        scale, shift = moved[:, :, None, None].tensor_split(2, 1)
+        new = conv(f"{name}.conv1", silu(norm(f"{name}.norm1", h)), padding=1)
+        new = norm(f"{name}.norm2", new) * (1 + scale) + shift
+        skip = conv(f"{name}.nin_shortcut", h) if f"{name}.nin_shortcut.bias" in w else h
+        return skip + conv(f"{name}.conv2", silu(new), padding=1)
+
+    def attention(name, h):
+        n = norm(f"{name}.norm", h)
+        q, k, v = (conv(f"{name}.{part}", n).flatten(2) for part in "qkv")
+        share = (q.mT @ k / 16**0.5).softmax(-1)
+        return h + conv(f"{name}.proj_out", (v @ share.mT).view_as(h))
+
+    rates = 10000.0 ** (-torch.arange(4) / 4)
+    angle = 1000 * t[:, None] * rates
+    c = torch.cat([angle.cos(), angle.sin()], 1) @ w["time.0.weight"].T + w["time.0.bias"]
+    c = silu(c) @ w["time.2.weight"].T + w["time.2.bias"]
+    large = z.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    first = conv("conv_in", torch.cat([x_t, large], 1), padding=1)
+    second = block("down.0", first)
+    third = conv("down.1", second, stride=2, padding=1)
+    fourth = block("down.2", third)
+    h = block("mid.1", attention("mid.0.attn", block("mid.0", fourth)))
+    h = block("up.1", torch.cat([block("up.0", torch.cat([h, fourth], 1)), third], 1))
+    h = conv("up.2.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
+    h = block("up.4", torch.cat([block("up.3", torch.cat([h, second], 1)), first], 1))
+    expected = conv("conv_out", silu(norm("norm_out", h)), padding=1)
+    assert_close(net(x_t, t, z), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_teacher_against_plain_loops():
+    """A grid of 4 x 4 in windows of 2 x 2; the rows of an unfolded window run over
+    channels, then over its positions."""
+    teacher = filled(models.SemanticTeacher(8, 4, 3, window=2))
+    f, w = arr("f", 2, 8, 4, 4), dict(teacher.state_dict())
+
+    def rms(h):
+        return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    tokens = rms(rms(f.flatten(2).mT) + w["position"])
+    q, k, v = (tokens @ w["attn.qkv.weight"].T).tensor_split(3, -1)
+    share = (rms(q) @ rms(k).mT / 8**0.5).softmax(-1)
+    h = rms(share @ v @ w["attn.proj.weight"].T).view(2, 4, 4, 8)
+    expected = torch.empty(2, 3, 4, 4)
+    for i in (0, 2):
+        for j in (0, 2):
+            window = h[:, i:i + 2, j:j + 2].permute(0, 3, 1, 2).flatten(1)
+            made = (window @ w["patches.weight"].T).view(2, 3, 2, 2)
+            expected[:, :, i:i + 2, j:j + 2] = rms(made.movedim(1, -1)).movedim(-1, 1)
+    assert_close(teacher.encode(f), expected, rtol=1e-4, atol=1e-5)
+    assert teacher(f).shape == f.shape
 
 
 @pytest.mark.parametrize("config, height, width", [
@@ -409,7 +571,14 @@ def test_every_trained_parameter_of_a_transformer_gets_a_gradient(config):
     assert not dit.pos_embed.requires_grad
 
 
-@pytest.mark.parametrize("which", ["conv", "vit", "dit"])
+def test_every_parameter_of_a_diffusion_decoder_gets_a_gradient():
+    net, x = tokenizer(SMALL_DGAE).train(), arr("x", 2, 3, 8, 8)
+    *_, v_hat = net(x, arr("eps", 2, 4, 4, 4), torch.ones(2), arr("n", 2, 3, 8, 8), torch.rand(2))
+    v_hat.square().sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("which", ["conv", "vit", "dit", "dgae"])
 def test_recompute_changes_no_gradient(which):
     gradients = []
     for recompute in (False, True):
@@ -417,6 +586,10 @@ def test_recompute_changes_no_gradient(which):
             net = filled(models.build_dit(LIGHTNINGDIT_TINY)).train()
             net.recompute = recompute
             output = net(arr("x_t", 2, 16, 8, 8), T, Y)
+        elif which == "dgae":
+            net = tokenizer(SMALL_DGAE).decoder.train()
+            net.recompute = recompute
+            output = net(arr("x_t", 2, 3, 8, 8), T, arr("z", 2, 4, 4, 4))
         else:
             net = tokenizer(SMALL if which == "conv" else SMALL_VIT).train()
             net.decoder.recompute = recompute

@@ -50,6 +50,18 @@ def colours(x):
 
 def coarse(x):
     return F.avg_pool2d(x, 8)
+
+
+def target(x):                       # as many channels as the latent of GAE
+    return F.avg_pool2d(x, 4).repeat(1, 11, 1, 1)[:, :32]
+
+
+def target64(x):
+    return F.avg_pool2d(x, 4).repeat(1, 22, 1, 1)[:, :64]
+
+
+def target16(x):
+    return target(x)[:, :16]
 """
 
 
@@ -82,6 +94,8 @@ def tiny(monkeypatch):
     """All tokenizers become tiny, with latents of 8 x 8 positions."""
     small = {"vit": dict(depth=1, width=16, heads=2, image_size=32, patch=4),
              "conv": dict(ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, resolution=64)}
+    small["dgae"] = small["conv"] | dict(
+        unet_ch=8, unet_mult=(1, 2), unet_blocks=1, unet_attention=(1,), decode_steps=2)
     for name, row in [*models.AUTOENCODERS.items()]:
         monkeypatch.setitem(models.AUTOENCODERS, name, row | small[row["arch"]])
 
@@ -132,9 +146,13 @@ DEFAULTS = dict(
     loss="ve", lambda1=0.1, lambda2=1e-6, tau=1.0, delta=1e-6, ve_warmup=0, kl_weight=1e-6,
     sigma=0.2, sigma_mode="gaussian", mean_weight=0.24, perceptual_weight=0.0,
     disc_weight=0.0, disc_start=2501, align_weight=0.0, batch=4, accumulate=1, lr=1e-3,
-    steps=3, clip=1.0, warmup=100, cooldown=0.0, seed=0)
+    steps=3, clip=1.0, warmup=100, cooldown=0.0, seed=0, cosine=False, betas=(0.5, 0.9),
+    weight_decay=0.0, semantic_weight=0.0, semantic_at="latent", disc_mode="adaptive",
+    teacher="my_teacher:pooled")
 # The layers at which alignment and adversary are balanced with L_rec.
-LAYERS = {"vit-shapes": ("adapter", "smooth.1"), "vit-demo": ("adapter", "decoder.linear")}
+LAYERS = {"vit-shapes": ("adapter", "smooth.1"), "gae-demo": ("adapter", "smooth.1"),
+          "vit-demo": ("adapter", "decoder.linear"), "gae-d32": ("adapter", "decoder.linear"),
+          "gae-d64": ("adapter", "decoder.linear")}
 LAYERS_OF_CONV = "encoder.conv_out", "decoder.conv_out"
 
 
@@ -188,12 +206,13 @@ def balance(rec, other, layer, maximum):
 def networks(s, init=None):
     """What trains: networks and optimisers by their names in the checkpoint."""
     torch.manual_seed(s.seed)
-    tokenizer = models.build_tokenizer(models.AUTOENCODERS[s.model])
+    given = dict(noise="gaussian", sigma=s.sigma) if s.loss == "sigma" else {}
+    tokenizer = models.build_tokenizer(models.AUTOENCODERS[s.model] | given)
     tokenizer.load_state_dict(init or tokenizer.state_dict())
     trained = nn.ModuleDict({"model": tokenizer})
     if s.align_weight:
         trained["projection"] = nn.Conv2d(tokenizer.channels, 12, 1, bias=False)
-    adamw = dict(betas=(0.5, 0.9), weight_decay=0)
+    adamw = dict(betas=s.betas, weight_decay=s.weight_decay)
     optimizer = torch.optim.AdamW(trained.parameters(), **adamw)
     if not s.disc_weight:
         return dict(trained) | {"optimizer": optimizer}
@@ -215,14 +234,22 @@ def written_out(s, parts):
         x, shape = next(images)["x"], (s.batch, tokenizer.channels, 8, 8)
         eps = runtime.global_randn(shape, CPU, s.seed, "eps", step)
         scale = runtime.global_randn((s.batch,), CPU, s.seed, "scale", step)
+        noise = runtime.global_randn((s.batch, 3, 32, 32), CPU, s.seed, "decoder", step)
+        t = runtime.global_rand(s.batch, CPU, s.seed, "decoder's time", step)
         lambda1 = s.lambda1 * min(1, (step + 1) / max(1, s.ve_warmup))
         optimizer.zero_grad()
         pairs = []
-        for x, eps, scale in zip(*(a.chunk(s.accumulate) for a in (x, eps, scale))):
-            mean, logvar = tokenizer.encode(x).chunk(2, dim=1)
+        parts = (a.chunk(s.accumulate) for a in (x, eps, scale, noise, t.view(-1, 1, 1, 1)))
+        for x, eps, scale, noise, t in zip(*parts):
+            mean, logvar = tokenizer.encode(x).tensor_split([tokenizer.channels], dim=1)
             z = mean + deviation(s, logvar, scale) * eps
-            x_hat = tokenizer.decode(z)
-            rec = summed((x_hat - x).abs())
+            if s.model.startswith("dgae"):   # one step of the decoder at a random time
+                x_t = (1 - t) * noise + t * x
+                v_hat = tokenizer.decoder(x_t, t.flatten(), tokenizer.post_quant_conv(z))
+                x_hat, rec = x_t + (1 - t) * v_hat, summed((v_hat - x + noise) ** 2)
+            else:
+                x_hat = tokenizer.decode(z)
+                rec = summed((x_hat - x).abs())
             if s.perceptual_weight:
                 rec = rec + s.perceptual_weight * PIXELS * FakeLpips()(x_hat, x).mean()
             loss = rec + latent_loss(s, lambda1, mean, logvar, z)
@@ -232,9 +259,18 @@ def written_out(s, parts):
                 weight = s.align_weight * balance(rec, align, latent_layer, 1e8)
                 loss = loss + weight * align
                 log |= {"align": align, "align_weight": weight}
+            if s.semantic_weight:
+                wanted = getattr(sys.modules["my_teacher"], s.teacher.split(":")[1])(x)
+                wanted = wanted / (wanted.square().mean(1, keepdim=True) + 1e-6).sqrt()
+                semantic, weight = (mean - wanted).square().mean(), s.semantic_weight * PIXELS
+                loss = loss + weight * semantic
+                log |= {"semantic": semantic, "semantic_weight": torch.tensor(weight)}
             if s.disc_weight and step >= s.disc_start:
                 adv = -critic(x_hat).mean()
-                weight = s.disc_weight * balance(rec, adv, image_layer, 1e4)
+                if s.disc_mode == "constant":
+                    weight = torch.tensor(s.disc_weight * PIXELS)
+                else:
+                    weight = s.disc_weight * balance(rec, adv, image_layer, 1e4)
                 loss = loss + weight * adv
                 log |= {"adv": adv, "adv_weight": weight}
                 pairs.append((x, x_hat.detach()))
@@ -307,6 +343,11 @@ def assert_main_does_the_same(out: Path, flags: list[str], settings: dict, init=
 
 
 GAN = dict(lr=2.5e-5, perceptual_weight=1.0, disc_weight=0.5)
+GAE_NOISE = dict(loss="sigma", sigma=0.2, mean_weight=0.0, semantic_weight=1.0)
+GAE = GAN | GAE_NOISE | dict(lr=2e-4, warmup=8000, betas=(0.9, 0.98), weight_decay=0.05,
+                             disc_mode="constant")
+DGAE = dict(loss="kl", lr=1e-4, warmup=10_000, betas=(0.9, 0.95), weight_decay=0.1,
+            perceptual_weight=0.5)
 PRESETS = {
     "demo": dict(model="vit-shapes", lambda1=1e-3, lr=3e-3, warmup=2, cooldown=0.8),
     "small": dict(model="vit-demo", lr=1e-3),
@@ -316,7 +357,13 @@ PRESETS = {
     "ldm-f16d16": GAN | dict(model="f16d16"),
     "vavae-f16d32": GAN | dict(model="f16d32", align_weight=0.1),
     "vavae-f16d32-finetune": GAN | dict(model="f16d32", align_weight=0.1, disc_start=0,
-                                        ve_warmup=1000)}
+                                        ve_warmup=1000),
+    "gae-demo": GAE_NOISE | dict(model="gae-demo", lr=3e-3, warmup=2, cooldown=0.8,
+                                 teacher="my_teacher:target16"),
+    "gae-d32": GAE | dict(model="gae-d32", teacher="my_teacher:target"),
+    "gae-d64": GAE | dict(model="gae-d64", teacher="my_teacher:target64"),
+    "dgae-demo": dict(model="dgae-demo", lambda1=0.01, lr=3e-3, warmup=2, cooldown=0.8)} | {
+    f"dgae-{size}": DGAE | dict(model=f"dgae-{size}") for size in "bml"}
 
 
 @pytest.mark.parametrize("preset", train_tokenizer.PRESETS)
@@ -324,7 +371,10 @@ def test_three_steps_of_a_preset_are_those_written_out(tmp_path, tiny, monkeypat
     """The rate rises over 100 steps.  In the demo it does so over 2, and falls over
     the last 2.4 of the 3 steps: it is 1/2, 2 / 2.4 and 1 / 2.4 of the highest."""
     settings, flags, init = PRESETS[preset], ["--preset", preset], None
-    monkeypatch.setitem(train_tokenizer.PRESETS["demo"], "warmup", 2)
+    if preset.endswith("demo"):
+        monkeypatch.setitem(train_tokenizer.PRESETS[preset], "warmup", 2)
+    if "teacher" in settings:
+        flags += ["--teacher", settings["teacher"]]
     if preset.endswith("finetune"):
         torch.manual_seed(9)
         init = models.build_tokenizer(models.AUTOENCODERS["f16d32"]).state_dict()
@@ -349,6 +399,9 @@ EVERYTHING = LARGE | dict(perceptual_weight=0.7, disc_weight=0.5, disc_start=1,
     EVERYTHING | dict(disc_weight=0.0),
     EVERYTHING | dict(model="f16d32"),
     EVERYTHING | dict(model="vit-shapes", batch=6, accumulate=3, seed=3),
+    LARGE | dict(model="dgae-demo", batch=6, accumulate=3, perceptual_weight=0.7),
+    LARGE | dict(model="gae-demo", semantic_weight=0.3, teacher="my_teacher:target16",
+                 disc_weight=0.5, disc_start=1, disc_mode="constant"),
 ], ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items() if EVERYTHING.get(k) != v))
 def test_three_steps_with_other_flags_are_those_written_out(tmp_path, tiny, settings):
     """The gradient is clipped, and every weight is large enough to be noticed."""
@@ -398,6 +451,8 @@ RATIOS = [
     ("--perceptual-weight", "1e6", "3e6", "", of_log("rec"), 3),
     ("--disc-weight", "0.1", "0.3", "--disc-start 0", of_log("adv_weight"), 3),
     ("--align-weight", "0.1", "0.3", "", of_log("align_weight"), 3),
+    ("--semantic-weight", "0.1", "0.3", "--teacher my_teacher:target16",
+     of_log("semantic_weight"), 3),
     ("--lr", "1e-3", "3e-3", "", way, 3),
     ("--clip", "1e-3", "3e-3", "", pull, 3),
 ]
@@ -433,6 +488,11 @@ VALUES = [
     ("--steps 3 --disc-start 2 --disc-weight 1", steps_with_adversary, [3]),
     ("--align-weight 1 --teacher my_teacher:colours",
      lambda state, out: list(state["projection"]["weight"].shape), [3, 16, 1, 1]),
+    # 0.1 of the 3072 numbers of an image
+    ("--disc-weight 0.1 --disc-start 0 --disc-mode constant",
+     lambda state, out: round(logged(out, 1)["adv_weight"], 3), 307.2),
+    ("--semantic-weight 1 --semantic-at post --teacher my_teacher:pooled",
+     lambda state, out: list(state["semantic_projection"]["weight"].shape), [12, 16, 1, 1]),
     ("--model f16d32", lambda state, out: state["model_config"]["z_channels"], 32),
     ("--loss sigma", lambda state, out: state["model_config"]["noise"], "gaussian"),
     ("--loss sigma --sigma-mode fixed",
@@ -773,6 +833,12 @@ def test_other_images_go_on_with_a_run_only_if_accepted(tmp_path, tiny, capsys):
     ("--disc-weight 1 --model demo --size 16", "--disc-weight 0"),
     ("--align-weight 1 --model vit-demo --teacher my_teacher:coarse", "[1, D, 8, 8]"),
     ("--align-weight 1 --teacher my_teacher:none", "my_teacher:none"),
+    ("--preset gae-demo --teacher runs/teacher/checkpoint.pt", "python train_teacher.py"),
+    ("--preset gae-demo --teacher my_teacher:coarse", "latent has [1, 16, 4, 4]"),
+    ("--preset gae-demo --semantic-at pre --teacher my_teacher:pooled", "pre has [1, 128, 4, 4]"),
+    ("--preset gae-demo --semantic-at post --teacher dinov2_vitl14", "1.2 GB"),
+    ("--model demo --semantic-weight 1 --semantic-at pre --teacher my_teacher:pooled",
+     "needs a ViT"),
     ("--gan-weight 1", "--gan-weight"),
 ])
 def test_bad_input_is_one_line(tmp_path, capsys, flags, message):
