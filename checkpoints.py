@@ -316,6 +316,12 @@ NAMES = [
 OLD_NAMES = [
     (".q.", ".query."), (".k.", ".key."), (".v.", ".value."), (".proj_out.", ".proj_attn.")]
 
+# Parts of a name in GAE's autoencoder, and in ours.
+GAE_NAMES = [
+    ("foundation_encoder.", "encoder."), (".patch_embed.", ".embed."), (".z_proj.", ".embed."),
+    (".proj_out.", ".linear."), (".linear_out.", ".linear."), ("adapter.model.", "adapter."),
+    (".mlp.fc1.", ".mlp.w12."), (".mlp.fc2.", ".mlp.w3.")]
+
 def load_tokenizer(path: str | Path, decode_steps: int | None = None
                    ) -> tuple[models.Tokenizer, dict]:
     """The tokenizer of a file, in eval mode on the CPU, and the file's dict.
@@ -350,6 +356,8 @@ def from_ldm(file: dict, path: Path) -> dict:
     names = {k: "model_ema." + k.replace(".", "") for k in model}
     if all(name in state for name in names.values()):
         model = {k: state[name] for k, name in names.items()}
+    if "foundation_encoder.pos_embed" in model:
+        return parts | from_gae(model, path)
     about, place, known = {}, path.with_name("config.json"), {}
     if any(".down_blocks." in name for name in model):
         model, about = from_diffusers(model), runtime.read_json(place) if place.is_file() else {}
@@ -368,6 +376,37 @@ def from_ldm(file: dict, path: Path) -> dict:
         raise InputError(f"{path} is no autoencoder of LDM, VA-VAE or diffusers "
                          f"({error} is missing)") from error
     return parts | {"model": model, "model_config": row} | known
+
+def from_gae(state: dict[str, Tensor], path: Path) -> dict:
+    """Entries of ours from the tensors of GAE's autoencoder, whose images are square.
+
+    Its two matrices of a SwiGLU are one here, and its linear map of z a convolution.
+    The file does not say with which noise it was trained; 0.2 is the paper's.
+    """
+    try:
+        model = {}
+        for old, value in state.items():
+            if not old.startswith(("foundation_encoder.", "adapter.", "decoder.")):
+                continue
+            name = old
+            for part, ours in GAE_NAMES:
+                name = name.replace(part, ours)
+            if old.endswith(".fc1.weight"):
+                value = torch.cat([value, state[old.replace(".fc1.", ".gate.")]])
+            if old == "decoder.z_proj.weight":
+                value = value[:, :, None, None]
+            if not old.endswith(".gate.weight"):
+                model[name] = value
+        width, patch = model["encoder.embed.weight"].shape[::3]
+        side = math.isqrt(model["encoder.pos_embed"].shape[1])
+        depth = 1 + max(int(name.split(".")[2]) for name in model if ".blocks." in name)
+        channels = len(model["adapter.weight"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} is no autoencoder of GAE ({error} is missing)") from error
+    return {"model": model, "model_config": dict(
+        arch="vit", image_size=side * patch, patch=patch, depth=depth, width=width,
+        heads=max(1, width // 64), z_channels=channels, latent_norm=True, smooth=0,
+        noise="gaussian", sigma=0.2)}
 
 def config_of(model: dict[str, Tensor]) -> dict:
     """The config of a network, from its tensors in LDM's names."""
@@ -405,8 +444,8 @@ def from_diffusers(model: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def to_ldm(file: dict, path: Path) -> dict[str, Tensor]:
     """The network's tensors.  Noise that is not learned becomes a constant log-variance."""
-    if file["model_config"].get("arch") == "vit":
-        raise InputError(f"{path} holds a ViT, which no published code can load")
+    if kind := {"vit": "a ViT", "dgae": "a U-Net"}.get(file["model_config"].get("arch")):
+        raise InputError(f"{path} holds {kind}, which no published code can load")
     tokenizer = build(models.build_tokenizer, file["model_config"], file["model"], path)
     state = tokenizer.state_dict()
     if not tokenizer.learns_sigma:

@@ -71,7 +71,7 @@ AUTOENCODERS: dict[str, dict] = {
     "gae-d64": VIT_L | dict(latent_norm=True, z_channels=64),
     "dgae-demo": DGAE | dict(
         ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, resolution=32, z_channels=8,
-        unet_ch=16, unet_mult=(1, 2, 2), unet_blocks=1, unet_attention=()),
+        unet_ch=12, unet_mult=(1, 2, 2), unet_blocks=1, unet_attention=()),
     "dgae-b": DGAE | dict(unet_ch=128),
     "dgae-m": DGAE | dict(unet_ch=192),
     "dgae-l": DGAE | dict(unet_ch=256),

@@ -156,6 +156,66 @@ def test_a_published_tokenizer_loads(tmp_path, form):
     same(parts["discriminator"], {"main.0.bias": company["loss.discriminator.main.0.bias"]})
 
 
+def gae_file(depth=2, width=128, side=4, patch=4, channels=6) -> dict:
+    """Tensors with the names and shapes of GAE's autoencoder, of a small size."""
+    shapes = {"foundation_encoder.patch_embed.weight": (width, 3, patch, patch),
+              "foundation_encoder.pos_embed": (1, side**2, width),
+              "foundation_encoder.proj_out.weight": (width, width),
+              "adapter.model.weight": (channels, width),
+              "decoder.z_proj.weight": (width, channels),
+              "decoder.pos_embed": (1, side**2, width),
+              "decoder.linear_out.weight": (3 * patch**2, width)}
+    for trunk in ("foundation_encoder", "decoder"):
+        for i in range(depth):
+            for name, shape in (("attn.qkv", (3 * width, width)), ("attn.proj", (width, width)),
+                                ("mlp.fc1", (384, width)), ("mlp.gate", (384, width)),
+                                ("mlp.fc2", (width, 384))):
+                shapes[f"{trunk}.blocks.{i}.{name}.weight"] = shape
+    return {name: arr(name, *shape, scale=0.2) for name, shape in shapes.items()}
+
+
+@torch.no_grad()
+def test_a_published_gae_is_that_network(tmp_path):
+    """Its forward pass, written out with its names; two heads of 64 channels."""
+    w = gae_file()
+    torch.save({"state_dict": w | {"loss.logvar": torch.zeros(1)}}, tmp_path / "gae.ckpt")
+    net, file = checkpoints.load_tokenizer(tmp_path / "gae.ckpt")
+    assert (net.config["noise"], net.config["latent_norm"]) == ("gaussian", True)
+    assert net.config["depth"] == 2 and "latent_mean" not in file
+
+    def rms(h):
+        return h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def blocks(trunk, h):
+        for i in range(2):
+            part = {k: w[f"{trunk}.blocks.{i}.{k}.weight"].T for k in (
+                "attn.qkv", "attn.proj", "mlp.fc1", "mlp.gate", "mlp.fc2")}
+            q, k, v = (rms(h) @ part["attn.qkv"]).unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+            share = (rms(q) @ rms(k).mT / 8).softmax(-1)
+            h = h + (share @ v).transpose(1, 2).flatten(2) @ part["attn.proj"]
+            a = rms(h) @ part["mlp.fc1"]
+            h = h + (a * a.sigmoid() * (rms(h) @ part["mlp.gate"])) @ part["mlp.fc2"]
+        return rms(h)
+
+    x = arr("x", 2, 3, 16, 16)
+    h = torch.conv2d(x, w["foundation_encoder.patch_embed.weight"], stride=4).flatten(2).mT
+    h = blocks("foundation_encoder", h + w["foundation_encoder.pos_embed"])
+    mean = rms(h @ w["foundation_encoder.proj_out.weight"].T @ w["adapter.model.weight"].T)
+    z = mean.mT.unflatten(2, (4, 4))
+    assert_close(net.posterior(x)[0], z, rtol=1e-3, atol=1e-4)
+    h = blocks("decoder", mean @ w["decoder.z_proj.weight"].T + w["decoder.pos_embed"])
+    pixels = (h @ w["decoder.linear_out.weight"].T).view(2, 4, 4, 4, 4, 3)   # h w p1 p2 c
+    expected = pixels.permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 16, 16)
+    assert_close(net.decode(z), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_gae_without_a_part_is_refused(tmp_path):
+    state = gae_file()
+    for name in ("adapter.model.weight", "decoder.blocks.1.mlp.gate.weight"):
+        torch.save({k: v for k, v in state.items() if k != name}, tmp_path / "gae.ckpt")
+        assert "no autoencoder of GAE" in refusal(checkpoints.load_tokenizer, tmp_path / "gae.ckpt")
+
+
 @pytest.mark.parametrize("size, numbers, count", [
     ("f8d4", 83_653_863, 248), ("f16d16", 69_610_963, 342), ("f16d32", 69_836_067, 342)])
 def test_a_published_tokenizer_tells_its_config(size, numbers, count):
@@ -532,6 +592,7 @@ def test_transformers_that_are_not_known(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["tokenizer.pt", "--to", "lightningdit", "out.pt"], 'holds a "tokenizer", not a "dit"'),
     (["vit.pt", "--to", "vavae", "out.pt"], "holds a ViT"),
+    (["dgae.pt", "--to", "vavae", "out.pt"], "holds a U-Net"),
     (["dit.pt", "--to", "sit", "out.pt"], "only --to lightningdit"),
     (["bare.pt", "--to", "lightningdit", "out.pt"], "published file already"),
     (["dit.pt", "--to", "png", "out.pt"], "give --to vavae"),
@@ -543,6 +604,8 @@ def test_exports_that_are_refused(tmp_path, monkeypatch, capsys, arguments, mess
     monkeypatch.chdir(tmp_path)
     write_tokenizer(Path("tokenizer.pt"))
     write_tokenizer(Path("vit.pt"), SMALL_VIT)
+    write_tokenizer(Path("dgae.pt"), SMALL | dict(
+        arch="dgae", unet_ch=8, unet_mult=(1, 2), unet_blocks=1, unet_attention=()))
     write_dit(Path("dit.pt"))
     torch.save(transformer().state_dict(), "bare.pt")
     with pytest.raises(SystemExit) as stop:

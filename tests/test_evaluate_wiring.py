@@ -336,9 +336,51 @@ def test_flags_choose_images_and_noise(tokenizers, flags):
     assert same == [not TOKENIZERS[flags] or "seed" in flags, not TOKENIZERS[flags]]
 
 
+@torch.no_grad()
+def test_a_diffusion_decoder_is_scored_with_the_chosen_steps():
+    path = make_tokenizer(Path("dgae.pt"), arch="dgae", unet_ch=8, unet_mult=(1, 2),
+                          unet_blocks=1, unet_attention=())
+    file = checkpoints.read(path)
+    file["model"]["decoder.conv_out.weight"] += 0.1   # it starts at 0
+    checkpoints.save(file, path)
+    net, _ = checkpoints.load_tokenizer(path)
+    index = np.arange(20) * 2000 // 20
+    x = shapes("val", 20, seed=0)[0]
+    noise = torch.stack([torch.randn(3, SIZE, SIZE, generator=runtime.generator(
+        0, "decoder", int(i))) for i in index])
+    condition = net.post_quant_conv(net.posterior(x / 127.5 - 1)[0])
+    for steps in (1, 2):
+        x_hat = noise
+        for k in range(steps):
+            x_hat = x_hat + net.decoder(x_hat, torch.full((20,), k / steps), condition) / steps
+        error = (data.to_uint8(x_hat).double() - x).square().mean((1, 2, 3)) / 255**2
+        row, = run("--tokenizer", "dgae.pt", "--limit", "20", "--size", str(SIZE),
+                   "--decode-steps", str(steps))
+        assert row["metrics"]["PSNR"] == pytest.approx((-10 * error.log10()).mean().item(), rel=1e-3)
+
+
+@torch.no_grad()
+def test_what_latents_say_about_the_class(tokenizers):
+    """Fitted to 60 training images, and asked about the held-out ones."""
+    net, _ = checkpoints.load_tokenizer("a.pt")
+    found = {}
+    for split, count in (("train", 60), ("val", 60)):
+        x, y = shapes(split, count)
+        found[split] = net.posterior(x / 127.5 - 1)[0], y
+    row, = run("--tokenizer", "a.pt", "--limit", "30", "--probe", "60")
+    for name, rows_of in (("flat", lambda z: z.flatten(1)), ("averaged", lambda z: z.mean((2, 3)))):
+        given = [rows_of(a) if a.ndim == 4 else a for pair in found.values() for a in pair]
+        assert row["metrics"][f"neighbours, {name}"] == pytest.approx(
+            metrics.nearest_neighbours(*given), abs=0.02)
+        with torch.enable_grad():
+            assert row["metrics"][f"linear probe, {name}"] == pytest.approx(
+                metrics.linear_probe(*given, batch=32), abs=0.02)
+
+
 def test_every_flag_is_tested():
     args = vars(evaluate.parse(["--samples", "a folder"]))
     flags = {"--" + name.replace("_", "-") for name in args}
     tested = " ".join([*SAMPLES, *TOKENIZERS]).split() + [
-        "--tokenizer", "--samples", "--write-reference", "--write-images", "--device", "--smoke"]
+        "--tokenizer", "--samples", "--write-reference", "--write-images", "--device", "--smoke",
+        "--decode-steps", "--probe"]
     assert flags <= {*tested}

@@ -176,11 +176,42 @@ def test_images_are_those_written_out(dit, guide, tokenizer, tmp_path, monkeypat
     assert (np.abs(expected - usual).max() > 5) == bool(FLAGS[flags])
 
 
+class PlainEuler:
+    """A diffusion decoder, written out: three steps from the noise of each image."""
+
+    def __init__(self, net) -> None:
+        self.net = net
+
+    def decode(self, z):
+        x = torch.stack([torch.randn(3, 8, 8, generator=runtime.generator(0, "decoder", i))
+                         for i in range(len(z))])
+        for t in (0, 1 / 3, 2 / 3):
+            x = x + self.net.decoder(x, torch.full((len(z),), t), self.net.post_quant_conv(z)) / 3
+        return x
+
+
+def test_a_diffusion_decoder_gives_every_image_its_own_noise(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "dgae.pt", arch="dgae", unet_ch=8, unet_mult=(1, 2),
+                               unet_blocks=1, unet_attention=())
+    file = checkpoints.read(tokenizer)
+    draws = runtime.generator(0, "weights")
+    for name, value in file["model"].items():
+        if name.startswith("decoder."):   # some start at 0
+            value += 0.2 * torch.randn(value.shape, generator=draws)
+    checkpoints.save(file, tokenizer)
+    dit = make_dit(tmp_path / "dit.pt", tokenizer)
+    expected = plain_sampling(PlainEuler(checkpoints.load_tokenizer(tokenizer)[0]),
+                              net=checkpoints.load_dit(dit)[0])
+    found = draw(dit, tmp_path / "out", *USUAL, "--decode-steps", "3")
+    assert np.abs(found - expected).max() <= 1
+    assert np.abs(draw(dit, tmp_path / "out", *USUAL) - expected).max() > 5   # 20 steps
+
+
 def test_every_flag_is_tested():
     """Those of the last line by other tests of this file.  Guided channels are no flag."""
     args = vars(sample.parse([])).keys() - {"cfg_channels"}
     flags = {"--" + name.replace("_", "-").replace("classes", "class") for name in args}
-    assert flags <= {*" ".join(FLAGS).split(), "--count", "--out", "--smoke"}
+    assert flags <= {*" ".join(FLAGS).split(), "--count", "--out", "--smoke", "--decode-steps"}
 
 
 def test_published_files_need_a_tokenizer_and_statistics(dit, tokenizer, tmp_path, monkeypatch,
@@ -310,7 +341,11 @@ def test_two_processes_share_the_parts(dit, tmp_path, monkeypatch):
      dict(count=50_000, steps=249, guidance=10.0, interval=[0.11, 1.0], cfg_channels=3,
           shift=0.3, precision="fp32", labels="random")),
     (["--preset", "lightningdit-plain"],
-     dict(steps=249, guidance=1.0, shift=0.3, precision="fp32", labels="random"))])
+     dict(steps=249, guidance=1.0, shift=0.3, precision="fp32", labels="random")),
+    (["--preset", "gae"], dict(steps=250, guidance=3.3, interval=[0.3, 1.0], shift=0.4,
+                               labels="balanced", cfg_channels=0, sampler="euler")),
+    (["--preset", "gae-80"], dict(guidance=2.5, interval=[0.25, 1.0], shift=0.4)),
+    (["--preset", "gae-plain"], dict(guidance=1.0, shift=0.4, sampler="sde", steps=250))])
 def test_presets_are_defaults(flags, expected):
     args = vars(sample.parse(flags))
     assert {key: args[key] for key in expected} == expected
@@ -333,6 +368,7 @@ def test_files_that_do_not_belong_together_are_refused(dit, tokenizer, tmp_path,
     (["--guide", "no/such/guide.pt", "--guidance", "2"], "no/such/guide.pt"),
     (["--guide", "no/such/guide.pt", "--guidance", "1"], "--guide does nothing at --guidance 1"),
     (["--interval", "0.8", "0.2"], "--interval"),
+    (["--decode-steps", "3"], "decodes in one step"),
     (["--count", "0"], "--count"), (["--shift", "0"], "--shift")])
 def test_wrong_input_is_one_line(dit, tmp_path, capsys, flags, message):
     start = ["--dit", str(dit), "--out", str(tmp_path / "out")]

@@ -1,0 +1,215 @@
+"""Does variance expansion help its neighbours, GAE and DGAE?  Three questions in small.
+
+    python -m studies.neighbours                      # train what is missing, then the table
+    python -m studies.neighbours --only gae --seeds 0
+    python -m studies.neighbours --redraw             # the table and figure of what is there
+
+1. On GAE's normalised latent: variance that is learned by Eq. 9, against dynamic noise.
+2. With DGAE's decoder: is variance cheaper when the decoder is a diffusion model?
+3. GAE's noise C, against the reconstruction from a noised latent (its Figure 4).
+
+An arm is a tokenizer with its settings, and a seed.  Each is trained and scored by the
+stages themselves, one after the other on one thread, on the built-in shapes.  What is
+done is not done again, and a run that was stopped goes on.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import runtime  # before torch, which it tells how threads wait
+
+from runtime import InputError
+from studies.experiments import execute
+from studies.records import read_log, read_scores
+
+# ------------------------------------------------------------------------------
+# The arms.  lambda1 of each was chosen once, on a seed that is not used here, so that
+# the mean of sigma^2 is that of the noise with which it is compared: (C / 0.8)^2 for
+# dynamic noise, and for the two decoders that of each other.
+
+
+@dataclass
+class Arm:
+    """tokenizer: its flags.  decode_steps: with how many it is scored, if with several."""
+    question: str
+    tokenizer: str
+    generates: bool = False
+    decode_steps: tuple[int, ...] = ()
+
+
+STEPS = 1, 4, 10, 20, 50
+ARMS = {
+    "GAE, dynamic noise C = 0.2": Arm("gae", "--preset gae-demo", True),
+    "GAE, VE": Arm("gae", "--preset gae-demo --loss ve --lambda2 0 --lambda1 0.02", True),
+    "DGAE, VE": Arm("dgae", "--preset dgae-demo", True, STEPS),
+    "the same encoder, one step, VE": Arm("dgae", "--preset dgae-demo --model demo", True),
+    "GAE, C = 0.05": Arm("noise", "--preset gae-demo --sigma 0.05"),
+    "GAE, C = 0.1": Arm("noise", "--preset gae-demo --sigma 0.1"),
+    "GAE, C = 0.4": Arm("noise", "--preset gae-demo --sigma 0.4"),
+}
+SMOKE = "--smoke"
+
+
+def commands(arm: Arm, seed: int, folder: Path, teacher: Path, count: int, smoke: bool
+             ) -> dict[Path, str]:
+    """What each file is made by, in order."""
+    tokenizer, more = folder / "tokenizer/checkpoint.pt", SMOKE if smoke else ""
+    flags, made = f"--seed {seed} --workers 0", {}
+    if "gae-demo" in arm.tokenizer and "dgae" not in arm.tokenizer:
+        made[teacher] = f"train_teacher.py {more} {flags} --out {teacher.parent}"
+        more_of_gae = f"--teacher {teacher}"
+    else:
+        more_of_gae = ""
+    made[tokenizer] = (f"train_tokenizer.py {more} {arm.tokenizer} {more_of_gae} {flags} "
+                       f"--out {tokenizer.parent}")
+    score = f"evaluate.py --tokenizer {tokenizer} --limit {count} --workers 0"
+    for steps in arm.decode_steps or (None,):
+        out = folder / (f"scores-{steps}" if steps else "scores")
+        chosen = f"--decode-steps {steps}" if steps else "--probe 5000" * (not smoke)
+        made[out / "results.json"] = f"{score} {chosen} --out {out}"
+    if arm.generates:
+        dit, samples = folder / "dit/checkpoint.pt", folder / "samples/samples.npz"
+        made[dit] = (f"train_dit.py {more} {flags} --tokenizer {tokenizer} --out {dit.parent} "
+                     f"--cache {folder / 'latents'}")
+        made[samples] = f"sample.py {more} --dit {dit} --seed {seed} --out {samples.parent}"
+        made[folder / "generation/results.json"] = (
+            f"evaluate.py --samples {samples} --limit {count} --workers 0 "
+            f"--out {folder / 'generation'}")
+    return made
+
+
+# ------------------------------------------------------------------------------
+# From the files of an arm to its numbers.
+
+
+def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
+    """The scores of an arm; those of other decode steps, and the curve over noise."""
+    held_out = next(line["held_out"] for line in reversed(read_log(folder / "tokenizer"))
+                    if "held_out" in line)
+    found = {name: held_out[name] for name in ("sigma2", "spread", "relative_noise")
+             if name in held_out}
+    steps = max(arm.decode_steps, default=None)
+    row = read_scores(folder / (f"scores-{steps}" if steps else "scores") / "results.json")[0]
+    found |= row["metrics"] | {"curve": row["curve"]}
+    if arm.decode_steps:
+        found["decode_steps"] = {
+            steps: read_scores(folder / f"scores-{steps}/results.json")[0]["metrics"]
+            for steps in arm.decode_steps}
+    if arm.generates:
+        row = read_scores(folder / "generation/results.json")[-1]
+        found["generation"] = row["metrics"]
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean and sample deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):.3g} ± {deviation:.1g}"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown, one row for each arm that has results."""
+    columns = {"sigma^2": "sigma2", "PSNR": "PSNR", "recognised": "recognised",
+               "rFD": "rFD-Shapes", "linear probe": "linear probe, flat"}
+    lines = ["| arm | seeds | " + " | ".join(columns) + " | generated: recognised | FD |",
+             "|---" * (len(columns) + 4) + "|"]
+    for name, seeds in results.items():
+        cells = []
+        for key in columns.values():
+            values = [row[key] for row in seeds.values() if key in row]
+            cells.append(spread(values) if values else "")
+        for key in ("recognised", "FD-Shapes"):
+            values = [row["generation"][key] for row in seeds.values() if "generation" in row]
+            cells.append(spread(values) if values else "")
+        lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """PSNR against the noise on the latent, and against the steps of DGAE's decoder."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    for name, seeds in results.items():
+        curves = [[p for p in row["curve"] if p["noise"] in ("none", "absolute")]
+                  for row in seeds.values()]
+        levels = [p["level"] for p in curves[0]]
+        left.plot(levels, [statistics.mean(p["PSNR"] for p in column)
+                           for column in zip(*curves)], "o-", label=name)
+        steps = [row["decode_steps"] for row in seeds.values() if "decode_steps" in row]
+        if steps:
+            for metric, ax in (("PSNR", right), ("rFD-Shapes", right.twinx())):
+                counts = sorted(steps[0], key=int)
+                ax.plot([int(k) for k in counts],
+                        [statistics.mean(row[k][metric] for row in steps) for k in counts],
+                        "o-" if metric == "PSNR" else "s--", label=metric)
+                ax.set_ylabel(metric)
+    left.set(xlabel="deviation of the noise on the latent", ylabel="PSNR (dB)")
+    right.set(xlabel="Euler steps of DGAE's decoder", xscale="log")
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    with runtime.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
+
+
+# ------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = runtime.Parser(__doc__)
+    add = p.add_argument
+    add("--only", choices=sorted({arm.question for arm in ARMS.values()}), help="one question")
+    add("--seeds", type=runtime.seed, nargs="+", default=[1, 2, 3], help="one run for each")
+    add("--count", type=runtime.positive_int, default=1000, help="images in each score")
+    add("--out", type=Path, default=Path("runs/neighbours"), help="folder of the runs")
+    add("--results", type=Path, default=Path("results/neighbours.json"), help="file")
+    add("--redraw", action="store_true", help="train nothing")
+    add("--smoke", action="store_true", help="a few steps of everything")
+    return p.parse(argv, smoke=dict(seeds=[0], count=16, out=Path("runs/smoke/neighbours"),
+                                    results=Path("runs/smoke/neighbours/neighbours.json")))
+
+
+@runtime.command
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    runtime.claim(runtime.Runtime("cpu"), args.results.parent, args.results)
+    chosen = {name: arm for name, arm in ARMS.items() if args.only in (None, arm.question)}
+    results: dict[str, dict[str, Any]] = {}
+    for seed in args.seeds:   # all arms of a seed first: a part of the list is paired
+        for name, arm in chosen.items():
+            slug = "".join(c if c.isalnum() or c == "." else "-" for c in name)
+            folder = args.out / f"{slug}/{seed}"
+            made = commands(arm, seed, folder, args.out / f"teacher/{seed}/checkpoint.pt",
+                            args.count, args.smoke)
+            scored = all(path.exists() for path in made if path.suffix == ".json")
+            for path, command in made.items():
+                if args.redraw or scored or path.exists() and path.suffix == ".json":
+                    continue
+                print(command, flush=True)
+                if said := execute(command):
+                    raise InputError(f"{command.split()[0]} has failed: {said}")
+            if all(path.exists() for path in made):
+                results.setdefault(name, {})[str(seed)] = numbers_of(arm, folder)
+            if results:
+                runtime.write_json(args.results, {
+                    "command": runtime.command_line(), "date": time.strftime("%F"),
+                    "versions": runtime.versions(), "arms": {
+                        key: shlex.split(ARMS[key].tokenizer) for key in results},
+                    "results": results})
+    if not results:
+        raise InputError(f"{args.out} has no finished arm yet: leave out --redraw")
+    draw(results, args.results.with_suffix(".png"))
+    print(table(json.loads(json.dumps(results))))
+
+
+if __name__ == "__main__":
+    main()
