@@ -666,10 +666,18 @@ def test_held_out_images_are_scored_as_written_here(tmp_path, tiny, monkeypatch,
 ALL_NETWORKS = flags_of(disc_weight=0.5, disc_start=1, align_weight=0.1, perceptual_weight=0.7)
 
 
-def test_two_plus_two_steps_are_four(tmp_path, tiny):
-    whole = train(tmp_path / "whole", *ALL_NETWORKS)
-    train(tmp_path / "parts", *ALL_NETWORKS, "--steps", "2")
-    parts = train(tmp_path / "parts", *ALL_NETWORKS)
+GAE_FLAGS = ["--preset", "gae-demo", "--teacher", "my_teacher:target16"]
+
+
+@pytest.mark.parametrize("flags", [
+    ALL_NETWORKS, ["--preset", "dgae-demo"],
+    ["--preset", "gae-demo", "--semantic-at", "post", "--teacher", "my_teacher:pooled"],
+    [*GAE_FLAGS, "--disc-weight", "0.5", "--disc-mode", "constant", "--disc-start", "1"]],
+    ids=["all", "dgae", "gae after the latent", "gae"])
+def test_two_plus_two_steps_are_four(tmp_path, tiny, flags):
+    whole = train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--steps", "2")
+    parts = train(tmp_path / "parts", *flags)
     del whole["config"], parts["config"]
     assert same(whole, parts)
     for step in (1, 2, 3, 4):
@@ -734,6 +742,19 @@ def test_two_processes_train_as_one(tmp_path):
         a, b = (logged(tmp_path / name, step) for name in ("one", "two"))
         for key in ("rec", "total", "grad_norm", "align", "align_weight"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), (step, key)
+    a, b = moments(one["optimizer"]), moments(two["optimizer"])
+    assert (a - b).norm() < 1e-3 * a.norm()
+
+
+@pytest.mark.parametrize("flags", [["--preset", "dgae-demo"],
+                                   ["--preset", "gae-demo", "--semantic-at", "post",
+                                    "--teacher", "my_teacher:coarse"]], ids=["dgae", "gae"])
+def test_two_processes_train_a_neighbour_as_one(tmp_path, flags):
+    one, two = train(tmp_path / "one", *flags), train_by_two(tmp_path / "two", *flags)
+    for step in (1, 2, 3, 4):
+        a, b = (logged(tmp_path / name, step) for name in ("one", "two"))
+        assert [a[key] for key in ("rec", "total", "grad_norm")] == pytest.approx(
+            [b[key] for key in ("rec", "total", "grad_norm")], rel=1e-3), step
     a, b = moments(one["optimizer"]), moments(two["optimizer"])
     assert (a - b).norm() < 1e-3 * a.norm()
 
