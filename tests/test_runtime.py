@@ -163,6 +163,19 @@ main()
 """
 
 
+def test_the_signal_of_another_process_and_the_own_one_are_one(monkeypatch):
+    """torchrun's agent has died: each process finds out by itself, within half a second.
+    The second signal must not end the process while it saves."""
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.dist, "all_reduce", lambda number, _: number.fill_(signal.SIGTERM))
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("it ended at once"))
+    with runtime.signals.caught():
+        runtime.signals.waits = True
+        assert runtime.stop_asked()
+        signal.raise_signal(signal.SIGTERM)
+        assert runtime.signals.received == signal.SIGTERM
+
+
 def test_a_second_signal_ends_everything_at_once():
     process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, cwd=Path(runtime.__file__).parent)
