@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
 
 import checkpoints
 import models
@@ -235,6 +234,9 @@ def load_lpips() -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]   # mean and deviation of colours
+
+
 class DinoV2(nn.Module):
     """DINOv2 (Oquab et al. 2023) with patches of 14 pixels.
 
@@ -270,7 +272,8 @@ class DinoV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.imagenet:
-            x = normalize(x / 2 + 0.5, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            mean, std = (x.new_tensor(values).view(3, 1, 1) for values in IMAGENET)
+            x = (x / 2 + 0.5 - mean) / std
         h = self.patch_embed["proj"](F.interpolate(x, 14 * self.side, mode="bilinear"))
         first, rest = self.pos_embed.split([1, 37**2], dim=1)
         rest = rest.mT.unflatten(2, (37, 37))

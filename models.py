@@ -38,9 +38,9 @@ from runtime import InputError, generator
 # ------------------------------------------------------------------------------
 # Sizes of the tokenizers.  A config is a plain dict that is stored in the
 # checkpoint and rebuilds the network by itself.  f16d32 is the tokenizer of the
-# paper and of VA-VAE; the ViT sizes are those of GAE's Table 8.  DGAE states its
-# decoders' parameters, 122, 276 and 491 M, and their width.  ADM's network for
-# images of 64 pixels has these parameters, so we take its other settings.  The
+# paper and of VA-VAE; the ViT sizes are those of GAE's Table 8.  Of DGAE's decoders
+# the width is known, and the millions of parameters: 122, 276 and 491.  The levels
+# and blocks below have them, with the blocks of ADM, but are not the only ones.  The
 # demo rows are for a CPU and images of 32 x 32: latents of 8 x 8 x 8, or 16 x 4 x 4.
 
 LDM_F16 = dict(arch="conv", ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
@@ -50,8 +50,7 @@ VIT_F16D32 = dict(arch="vit", image_size=256, patch=16, z_channels=32, latent_no
 VIT_L = VIT_F16D32 | dict(depth=24, width=1024, heads=16)
 VIT_SHAPES = VIT_F16D32 | dict(
     depth=3, width=128, heads=2, image_size=32, patch=8, z_channels=16, smooth=8)
-ADM_64 = dict(unet_mult=(1, 2, 3, 4), unet_blocks=3, unet_attention=(1, 2, 3))
-DGAE = LDM_F8 | ADM_64 | dict(arch="dgae", z_channels=4)
+DGAE = LDM_F8 | dict(arch="dgae", z_channels=4, unet_mult=(1, 2, 2, 4, 4), unet_blocks=2)
 
 AUTOENCODERS: dict[str, dict] = {
     "demo": dict(arch="conv", ch=16, ch_mult=(1, 2, 2), num_res_blocks=1,
@@ -71,7 +70,7 @@ AUTOENCODERS: dict[str, dict] = {
     "gae-d64": VIT_L | dict(latent_norm=True, z_channels=64),
     "dgae-demo": DGAE | dict(
         ch=16, ch_mult=(1, 2, 2), num_res_blocks=1, resolution=32, z_channels=8,
-        unet_ch=12, unet_mult=(1, 2, 2), unet_blocks=1, unet_attention=()),
+        unet_ch=12, unet_mult=(1, 2), unet_blocks=2),
     "dgae-b": DGAE | dict(unet_ch=128),
     "dgae-m": DGAE | dict(unet_ch=192),
     "dgae-l": DGAE | dict(unet_ch=256),
@@ -149,7 +148,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, h):
         normed = self.norm(h)
-        q, k, v = (f(normed).flatten(2).unflatten(1, (self.heads, -1)).mT
+        q, k, v = (f(normed).flatten(2).unflatten(1, (self.heads, -1)).mT.contiguous()
                    for f in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v)
         return h + self.proj_out(mixed.mT.reshape(h.shape))
@@ -353,98 +352,94 @@ class Autoencoder(Tokenizer):
 # t = 1 is the data.
 
 class TimeBlock(ResidualBlock):
-    """A ResidualBlock whose second norm is scaled and shifted by the time."""
-    def __init__(self, c_in, c_out, c_time, heads=0):
+    """A ResidualBlock whose second norm is scaled and shifted by the time.
+
+    scale: "half" or "double" the image's size, between the first norm and convolution.
+    """
+
+    def __init__(self, c_in, c_out, c_time, scale="same"):
         super().__init__(c_in, c_out)
         self.time = nn.Linear(c_time, 2 * c_out)
-        self.attn = SpatialAttention(c_out, heads) if heads else nn.Identity()
+        self.resize = {"same": nn.Identity(), "half": nn.AvgPool2d(2),
+                       "double": nn.Upsample(scale_factor=2.0)}[scale]
         nn.init.zeros_(self.conv2.weight)
-        if heads:
-            nn.init.zeros_(self.attn.proj_out.weight)
 
     def forward(self, h, c):
-        skip = self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else h
         scale, shift = self.time(F.silu(c))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(self.conv1(F.silu(self.norm1(h)))) * (1 + scale) + shift
-        return self.attn(skip + self.conv2(F.silu(h)))
+        new = self.conv1(self.resize(F.silu(self.norm1(h))))
+        new = self.conv2(F.silu(self.norm2(new) * (1 + scale) + shift))
+        skip = self.resize(h)
+        return new + (self.nin_shortcut(skip) if hasattr(self, "nin_shortcut") else skip)
 
 class UNet(nn.Module):
     """Velocity v_hat(x_t, t, z): [B, 3, H, W], [B], [B, C, h, w] -> [B, 3, H, W]
 
-    ch, mult    level i is ch * mult[i] wide, and half as large as the one before
-    blocks      per level on the way down; on the way up there is one more
-    attention   the levels with attention, in heads of 64 channels
+    ch, mult   level i is ch * mult[i] wide, and half as large as the one before
+    blocks     per level on the way down; on the way up there is one more
 
-    On the way up, each block sees what a block on the way down has computed at
-    its resolution.  `recompute` is as in Decoder.
+    On the way up, a block sees what a block on the way down has computed at its
+    resolution.  At the lowest there is attention.  `recompute` is as in Decoder.
     """
 
-    def __init__(self, ch: int, mult: tuple[int, ...], blocks: int,
-                 attention: tuple[int, ...], z_channels: int) -> None:
+    def __init__(self, ch: int, mult: tuple[int, ...], blocks: int, z_channels: int) -> None:
         super().__init__()
-        self.recompute, c, kept = False, ch, [ch]
+        self.recompute, c, c_time, kept = False, ch, 4 * ch, [ch]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        heads = [max(1, ch * m // 64) if i in attention else 0 for i, m in enumerate(mult)]
-        self.time = nn.Sequential(nn.Linear(ch, 4 * ch), nn.SiLU(), nn.Linear(4 * ch, 4 * ch))
+        self.time = nn.Sequential(nn.Linear(ch, c_time), nn.SiLU(), nn.Linear(c_time, c_time))
         self.conv_in = nn.Conv2d(3 + z_channels, ch, 3, padding=1)
         for i, m in enumerate(mult):
-            if i:
-                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-                kept.append(c)
-            for _ in range(blocks):
-                self.down.append(TimeBlock(c, ch * m, 4 * ch, heads[i]))
-                kept.append(c := ch * m)
-        self.mid = nn.ModuleList([
-            TimeBlock(c, c, 4 * ch, max(1, c // 64)), TimeBlock(c, c, 4 * ch)])
+            for k in range(blocks + (i > 0)):
+                half = i > 0 and k == 0
+                width = c if half else ch * m
+                self.down.append(TimeBlock(c, width, c_time, "half" if half else "same"))
+                kept.append(c := width)
+        self.mid = nn.ModuleList([TimeBlock(c, c, c_time), TimeBlock(c, c, c_time)])
+        self.attn = SpatialAttention(c, max(1, c // 64))
         for i, m in reversed([*enumerate(mult)]):
             for _ in range(blocks + 1):
-                self.up.append(TimeBlock(c + kept.pop(), ch * m, 4 * ch, heads[i]))
+                self.up.append(TimeBlock(c + kept.pop(), ch * m, c_time))
                 c = ch * m
             if i:
-                self.up.append(named(nearest=nn.Upsample(scale_factor=2.0),
-                                     conv=nn.Conv2d(c, c, 3, padding=1)))
+                self.up.append(TimeBlock(c, c, c_time, "double"))
         self.norm_out = group_norm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        nn.init.zeros_(self.attn.proj_out.weight)
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        def run(layer: nn.Module, *inputs: Tensor) -> Tensor:
-            if isinstance(layer, TimeBlock):
-                inputs = *inputs, c
-            if self.recompute:
-                return checkpoint(layer, *inputs, use_reentrant=False)
-            return layer(*inputs)
+        def run(block: nn.Module, h: Tensor) -> Tensor:
+            return checkpoint(block, h, c, use_reentrant=False) if self.recompute else block(h, c)
 
         c = self.time(waves(1000 * t, self.time[0].in_features))
         h = self.conv_in(torch.cat([x_t, F.interpolate(z, x_t.shape[2:])], dim=1))
         kept = [h]
-        for layer in self.down:
-            kept.append(h := run(layer, h))
-        for layer in self.mid:
-            h = run(layer, h)
-        for layer in self.up:
-            h = run(layer, torch.cat([h, kept.pop()], 1) if isinstance(layer, TimeBlock) else h)
+        for block in self.down:
+            kept.append(h := run(block, h))
+        h = run(self.mid[1], self.attn(run(self.mid[0], h)))
+        for block in self.up:
+            if not isinstance(block.resize, nn.Upsample):
+                h = torch.cat([h, kept.pop()], dim=1)
+            h = run(block, h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 class DiffusionAutoencoder(Autoencoder):
     """The autoencoder of DGAE: a convolutional encoder, and a U-Net that decodes.
 
-    unet_ch, unet_mult, unet_blocks, unet_attention   see UNet
-    decode_steps   steps of Euler from noise to an image
-    encoder        the other arguments of Autoencoder
+    unet_ch, unet_mult, unet_blocks   see UNet
+    decode_steps                      steps of Euler from noise to an image
+    encoder                           the other arguments of Autoencoder
 
     The training takes one step at a random time, see `forward`.  DGAE does not say
     in how many steps it decodes; 20 is enough for DiTo, which is its relative.
     """
 
     def __init__(self, unet_ch: int, unet_mult: tuple[int, ...], unet_blocks: int,
-                 unet_attention: tuple[int, ...], z_channels: int,
-                 decode_steps: int = 20, **encoder) -> None:
-        unet = UNet(unet_ch, unet_mult, unet_blocks, unet_attention, z_channels)
+                 z_channels: int, decode_steps: int = 20, **encoder) -> None:
+        unet = UNet(unet_ch, unet_mult, unet_blocks, z_channels)
         super().__init__(z_channels=z_channels, decoder=unet, **encoder)
         self.config |= dict(
             arch="dgae", unet_ch=unet_ch, unet_mult=unet_mult, unet_blocks=unet_blocks,
-            unet_attention=unet_attention, decode_steps=decode_steps)
+            decode_steps=decode_steps)
         self.diffuses = True
 
     def forward(self, x: Tensor, eps: Tensor, scale: Tensor, noise: Tensor,

@@ -41,10 +41,11 @@ from runtime import InputError
 H100, TRANSFORMER, CONVOLUTION = 989e12, 0.40, 0.25
 GIB = 2**30
 LOST, OTHERS, CARD = 1.1, 2 * GIB, 79 * GIB   # a card of 80 GB has 79 GiB
-GPUS = {"demo": 1, "small": 1, "photos": 1, "photos-64": 1, "photos-128": 1,
-        "photos-256": 1, "lightningdit-xl-sota": 4}   # and 8 for the others
+GPUS = dict.fromkeys(["demo", "small", "photos", "photos-64", "photos-128", "photos-256",
+                      "gae-demo", "dgae-demo"], 1) | {"lightningdit-xl-sota": 4}   # others: 8
 # The preset whose latents a transformer learns, and the number of their classes.
-LATENTS = {"demo": ("demo", 10), "small": ("small", 10), "photos": ("photos-256", 10)}
+LATENTS = {"demo": ("demo", 10), "small": ("small", 10), "photos": ("photos-256", 10),
+           "gae": ("gae-d32", 1000)}
 PAPER = "vavae-f16d32", 1000
 
 # ------------------------------------------------------------------------------
@@ -126,7 +127,8 @@ Step = Iterator[Any]
 
 
 def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
-    row = models.AUTOENCODERS[args.model] | dict(noise="learned", sigma=0.0)
+    noise = "gaussian" if args.loss == "sigma" else "learned"
+    row = models.AUTOENCODERS[args.model] | dict(noise=noise, sigma=args.sigma)
     net = as_on_cuda(models.build_tokenizer(row))
     net.decoder.recompute = args.recompute
     learning, others, side = [net], [], args.size // net.stride
@@ -138,6 +140,13 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
         others.append(teacher.requires_grad_(False))
         projection = nn.Conv2d(net.channels, 1024, 1, bias=False)
         learning.append(projection)
+    if args.semantic_weight:
+        demo = args.preset == "gae-demo"   # whose teacher looks at a judge's features
+        features = (frozen.Convolutions(judge := frozen.ShapesJudge(), args.size, judge.body)
+                    if demo else frozen.DinoV2(1024, 24, side, imagenet=True))
+        narrow = models.SemanticTeacher(96 if demo else 1024, side, net.channels, 4 >> demo)
+        semantic = as_on_cuda(nn.Sequential(features, narrow))
+        others.append(semantic.requires_grad_(False))
     if args.disc_weight:
         judge = models.PatchGAN()
         learning.append(judge)
@@ -145,13 +154,18 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
 
     x = torch.zeros(images, 3, args.size, args.size)
     eps = torch.zeros(images, net.channels, side, side)
+    draws = [eps, eps[:, 0, 0, 0], *([x, eps[:, 0, 0, 0]] if net.diffuses else [])]
     with bf16():
-        _, logvar, z, x_hat = net(x, eps, eps[:, 0, 0, 0])
-    rec = losses.absolute_error(x_hat, x)
+        mean, logvar, z, x_hat, *v_hat = net(x, *draws)
+    rec = losses.squared_error(*v_hat, x) if v_hat else losses.absolute_error(x_hat, x)
     if args.perceptual_weight:
         rec = rec + losses.perceptual_error(lpips, x_hat, x)
     total = rec + losses.inverse_variance(logvar) + losses.exponential_magnitude(z)
     balanced = []
+    if args.semantic_weight:
+        with torch.no_grad(), bf16():
+            target = narrow.encode(features(x))
+        total = total + losses.semantic_preservation(mean, target.float())
     if args.align_weight:
         with torch.no_grad(), bf16():
             features = teacher(x).float()
@@ -162,7 +176,10 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
         judge.requires_grad_(False)
         with bf16():
             loss = losses.hinge_generator(judge(x_hat).float())
-        balanced.append((loss, net.last_layer))
+        if args.disc_mode == "constant":
+            total = total + loss
+        else:
+            balanced.append((loss, net.last_layer))
     for loss, layer in balanced:
         pulls = [torch.autograd.grad(a, layer, retain_graph=True)[0] for a in (rec, loss)]
         total = total + losses.adaptive_weight(*pulls) * loss

@@ -605,7 +605,7 @@ def test_exports_that_are_refused(tmp_path, monkeypatch, capsys, arguments, mess
     write_tokenizer(Path("tokenizer.pt"))
     write_tokenizer(Path("vit.pt"), SMALL_VIT)
     write_tokenizer(Path("dgae.pt"), SMALL | dict(
-        arch="dgae", unet_ch=8, unet_mult=(1, 2), unet_blocks=1, unet_attention=()))
+        arch="dgae", unet_ch=8, unet_mult=(1, 2), unet_blocks=1))
     write_dit(Path("dit.pt"))
     torch.save(transformer().state_dict(), "bare.pt")
     with pytest.raises(SystemExit) as stop:

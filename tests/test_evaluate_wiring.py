@@ -339,7 +339,7 @@ def test_flags_choose_images_and_noise(tokenizers, flags):
 @torch.no_grad()
 def test_a_diffusion_decoder_is_scored_with_the_chosen_steps():
     path = make_tokenizer(Path("dgae.pt"), arch="dgae", unet_ch=8, unet_mult=(1, 2),
-                          unet_blocks=1, unet_attention=())
+                          unet_blocks=1)
     file = checkpoints.read(path)
     file["model"]["decoder.conv_out.weight"] += 0.1   # it starts at 0
     checkpoints.save(file, path)

@@ -26,8 +26,7 @@ SMALL = dict(arch="conv", ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resoluti
              resolution=8, z_channels=4)
 SMALL_VIT = dict(arch="vit", image_size=8, patch=2, depth=2, width=24, heads=2, z_channels=4,
                  latent_norm=False)
-SMALL_DGAE = SMALL | dict(arch="dgae", unet_ch=8, unet_mult=(1, 2, 3), unet_blocks=2,
-                          unet_attention=(1,))
+SMALL_DGAE = SMALL | dict(arch="dgae", unet_ch=8, unet_mult=(1, 2, 3), unet_blocks=2)
 TINY = dict(depth=2, width=64, heads=2, input_size=8, num_classes=10)
 LIGHTNINGDIT_TINY = TINY | dict(family="lightningdit", patch=1, in_channels=16)
 SIT_TINY = TINY | dict(family="sit", patch=2, in_channels=4, learn_sigma=True)
@@ -330,7 +329,7 @@ def test_a_step_of_a_diffusion_decoder():
 @torch.no_grad()
 def test_unet_against_plain_loops():
     """Two levels with one block each; the latent is enlarged to the nearest position."""
-    net = filled(models.UNet(8, (1, 2), 1, (), 4))
+    net = filled(models.UNet(8, (1, 2), 1, 4))
     x_t, t, z = arr("x_t", 2, 3, 8, 8), torch.tensor([0.3, 0.9]), arr("z", 2, 4, 4, 4)
     w = dict(net.state_dict())
 
@@ -346,10 +345,17 @@ def test_unet_against_plain_loops():
     def silu(h):
         return h * h.sigmoid()
 
-    def block(name, h):
+    def half(h):
+        return (h[..., ::2, ::2] + h[..., 1::2, ::2] + h[..., ::2, 1::2] + h[..., 1::2, 1::2]) / 4
+
+    def double(h):
+        return h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def block(name, h, resize=lambda h: h):
         moved = silu(c) @ w[f"{name}.time.weight"].T + w[f"{name}.time.bias"]
         scale, shift = moved[:, :, None, None].tensor_split(2, 1)
-        new = conv(f"{name}.conv1", silu(norm(f"{name}.norm1", h)), padding=1)
+        new = conv(f"{name}.conv1", resize(silu(norm(f"{name}.norm1", h))), padding=1)
+        h = resize(h)
         new = norm(f"{name}.norm2", new) * (1 + scale) + shift
         skip = conv(f"{name}.nin_shortcut", h) if f"{name}.nin_shortcut.bias" in w else h
         return skip + conv(f"{name}.conv2", silu(new), padding=1)
@@ -364,14 +370,13 @@ def test_unet_against_plain_loops():
     angle = 1000 * t[:, None] * rates
     c = torch.cat([angle.cos(), angle.sin()], 1) @ w["time.0.weight"].T + w["time.0.bias"]
     c = silu(c) @ w["time.2.weight"].T + w["time.2.bias"]
-    large = z.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    first = conv("conv_in", torch.cat([x_t, large], 1), padding=1)
+    first = conv("conv_in", torch.cat([x_t, double(z)], 1), padding=1)
     second = block("down.0", first)
-    third = conv("down.1", second, stride=2, padding=1)
+    third = block("down.1", second, half)
     fourth = block("down.2", third)
-    h = block("mid.1", attention("mid.0.attn", block("mid.0", fourth)))
+    h = block("mid.1", attention("attn", block("mid.0", fourth)))
     h = block("up.1", torch.cat([block("up.0", torch.cat([h, fourth], 1)), third], 1))
-    h = conv("up.2.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
+    h = block("up.2", h, double)
     h = block("up.4", torch.cat([block("up.3", torch.cat([h, second], 1)), first], 1))
     expected = conv("conv_out", silu(norm("norm_out", h)), padding=1)
     assert_close(net(x_t, t, z), expected, rtol=1e-4, atol=1e-4)

@@ -192,7 +192,7 @@ class PlainEuler:
 
 def test_a_diffusion_decoder_gives_every_image_its_own_noise(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "dgae.pt", arch="dgae", unet_ch=8, unet_mult=(1, 2),
-                               unet_blocks=1, unet_attention=())
+                               unet_blocks=1)
     file = checkpoints.read(tokenizer)
     draws = runtime.generator(0, "weights")
     for name, value in file["model"].items():

@@ -95,7 +95,7 @@ def tiny(monkeypatch):
     small = {"vit": dict(depth=1, width=16, heads=2, image_size=32, patch=4),
              "conv": dict(ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, resolution=64)}
     small["dgae"] = small["conv"] | dict(
-        unet_ch=8, unet_mult=(1, 2), unet_blocks=1, unet_attention=(1,), decode_steps=2)
+        unet_ch=8, unet_mult=(1, 2), unet_blocks=1, decode_steps=2)
     for name, row in [*models.AUTOENCODERS.items()]:
         monkeypatch.setitem(models.AUTOENCODERS, name, row | small[row["arch"]])
 
