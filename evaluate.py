@@ -39,8 +39,6 @@ from runtime import InputError, Runtime
 # ------------------------------------------------------------------------------
 # What is fixed, and what has a flag.
 
-RELATIVE = 0.1, 0.2, 0.5, 1.0   # noise, as a multiple of each channel's spread
-ABSOLUTE = 0.1, 0.2, 0.5, 1.0   # noise, as it is
 ROWS = 10_000   # images for KID, precision and the like, as in ADM's references
 TOKENIZER, SAMPLES = "tokenizer/checkpoint.pt", "samples/samples.npz"
 SMOKE = dict(limit=16, workers=0, out=Path("runs/smoke/evaluation"))
@@ -65,6 +63,9 @@ def parse(argv):
     add("--workers", type=runtime.natural_int, default=2, help="loaders per process")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--seed", type=runtime.seed, default=0, help="of the noise on latents")
+    add("--noise", type=runtime.positive, nargs="*", default=[0.1, 0.2, 0.5, 1.0],
+        help="levels of the noise curve: deviations of noise on the latent, as they"
+        " are and times each channel's spread; without any, no curve")
     add("--decode-steps", type=count, help="of diffusion decoders; else their files'")
     add("--probe", type=count, help="also how well the latents of so many training"
         " images tell the class: a linear probe, and nearest neighbours")
@@ -233,7 +234,7 @@ def load_tokenizer(path, source, size, steps, device):
 
 
 @torch.no_grad()
-def score_tokenizer(path, source, size, choice, seed, steps, probe, read):
+def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe, read):
     """The row of a tokenizer.  The images themselves would have an rFID of 0."""
     device = read.rt.device
     tokenizer, file, source, size = load_tokenizer(path, source, size, steps, device)
@@ -244,8 +245,8 @@ def score_tokenizer(path, source, size, choice, seed, steps, probe, read):
         raise InputError(f"SSIM and LPIPS need {least} pixels a side, not {size}")
     judged = [*images.classes] == [*data.SHAPES]
     spread = file.get("latent_std", torch.tensor([])).to(device)[:, None, None]
-    levels = [("none", 0.0, 0.0), *(("absolute", a, a) for a in ABSOLUTE),
-              *(("relative", a, a * spread) for a in RELATIVE if len(spread))]
+    levels = [("none", 0.0, 0.0), *(("absolute", a, a) for a in noise_levels),
+              *(("relative", a, a * spread) for a in noise_levels if len(spread))]
     moments = [metrics.Moments() for _ in (*levels, "real images")]
     sums, count = [Counter() for _ in moments], read.count(images)
     for part in read(images, count):
@@ -473,7 +474,8 @@ def report(rows, out, seed, rt):
              "device": runtime.device_name(rt.device)}
     for row in rows:
         show(row)
-    curves, written = [row for row in rows if "curve" in row], out / "results.json"
+    curves = [row for row in rows if len(row.get("curve", [])) > 1]
+    written = out / "results.json"
     if curves:
         plot(curves, out / "noise_curve.png")
         written = f"{written} and {out / 'noise_curve.png'}"
@@ -502,7 +504,7 @@ def main(argv=None):
     runtime.claim(rt, args.out / "cache")
     rows = [
         score_tokenizer(path, args.data, args.size, args.features, args.seed,
-                        args.decode_steps, args.probe, read)
+                        args.noise, args.decode_steps, args.probe, read)
         for path in args.tokenizer]
     if args.samples:
         rows.append(score_samples(

@@ -69,10 +69,11 @@ def commands(arm: Arm, seed: int, folder: Path, teacher: Path, count: int, smoke
     made[tokenizer] = (f"train_tokenizer.py {more} {arm.tokenizer} {more_of_gae} {flags} "
                        f"--out {tokenizer.parent}")
     score = f"evaluate.py --tokenizer {tokenizer} --limit {count} --workers 0"
-    for steps in arm.decode_steps or (None,):
-        out = folder / (f"scores-{steps}" if steps else "scores")
-        chosen = f"--decode-steps {steps}" if steps else "--probe 5000" * (not smoke)
-        made[out / "results.json"] = f"{score} {chosen} --out {out}"
+    made[folder / "scores/results.json"] = (
+        f"{score} --probe {40 if smoke else 5000} --out {folder / 'scores'}")
+    for steps in arm.decode_steps:
+        out = folder / f"scores-{steps}"
+        made[out / "results.json"] = f"{score} --decode-steps {steps} --noise --out {out}"
     if arm.generates:
         dit, samples = folder / "dit/checkpoint.pt", folder / "samples/samples.npz"
         made[dit] = (f"train_dit.py {more} {flags} --tokenizer {tokenizer} --out {dit.parent} "
@@ -94,8 +95,7 @@ def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
                     if "held_out" in line)
     found = {name: held_out[name] for name in ("sigma2", "spread", "relative_noise")
              if name in held_out}
-    steps = max(arm.decode_steps, default=None)
-    row = read_scores(folder / (f"scores-{steps}" if steps else "scores") / "results.json")[0]
+    row = read_scores(folder / "scores/results.json")[0]
     found |= row["metrics"] | {"curve": row["curve"]}
     if arm.decode_steps:
         found["decode_steps"] = {
@@ -169,7 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--only", choices=sorted({arm.question for arm in ARMS.values()}), help="one question")
     add("--seeds", type=runtime.seed, nargs="+", default=[1, 2, 3], help="one run for each")
-    add("--count", type=runtime.positive_int, default=1000, help="images in each score")
+    add("--count", type=runtime.positive_int, default=500, help="images in each score")
     add("--out", type=Path, default=Path("runs/neighbours"), help="folder of the runs")
     add("--results", type=Path, default=Path("results/neighbours.json"), help="file")
     add("--redraw", action="store_true", help="train nothing")

@@ -336,6 +336,14 @@ def test_flags_choose_images_and_noise(tokenizers, flags):
     assert same == [not TOKENIZERS[flags] or "seed" in flags, not TOKENIZERS[flags]]
 
 
+def test_levels_of_noise_are_chosen(tokenizers):
+    usual, = run("--tokenizer", "a.pt", "--limit", "30")
+    few, = run("--tokenizer", "a.pt", "--limit", "30", "--noise", "0.2", "1")
+    none, = run("--tokenizer", "a.pt", "--limit", "30", "--noise")
+    assert few["curve"] == [usual["curve"][i] for i in (0, 2, 4, 6, 8)]
+    assert none["curve"] == usual["curve"][:1] and none["metrics"] == usual["metrics"]
+
+
 @torch.no_grad()
 def test_a_diffusion_decoder_is_scored_with_the_chosen_steps():
     path = make_tokenizer(Path("dgae.pt"), arch="dgae", unet_ch=8, unet_mult=(1, 2),
@@ -382,5 +390,5 @@ def test_every_flag_is_tested():
     flags = {"--" + name.replace("_", "-") for name in args}
     tested = " ".join([*SAMPLES, *TOKENIZERS]).split() + [
         "--tokenizer", "--samples", "--write-reference", "--write-images", "--device", "--smoke",
-        "--decode-steps", "--probe"]
+        "--decode-steps", "--probe", "--noise"]
     assert flags <= {*tested}
