@@ -305,7 +305,7 @@ def load_teacher(choice: str, side: int, imagenet: bool = False) -> Callable[[Te
         return load_function(choice)
     if choice == "judge":
         net = load_network(ShapesJudge(), weights_of(choice))
-        return Convolutions(net, 8 * side, net.body)
+        return Convolutions(net, 8 * side, net.body[:-1])   # before the last ReLU
     if choice == "efficientnet-lite0":
         net = load_network(efficientnet(32 * side), weights_of(choice))
         return Convolutions(net, 32 * side,

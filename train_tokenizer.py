@@ -89,7 +89,7 @@ PRESETS = {
     "vavae-f16d32": VAVAE | dict(steps=320_292),                  # 16 epochs
     "vavae-f16d32-finetune": VAVAE | dict(steps=100_091, disc_start=0,
                                           ve_warmup=1000),        # 5 epochs
-    "gae-demo": DEMO | GAE_NOISE | dict(model="gae-demo"),
+    "gae-demo": DEMO | GAE_NOISE | dict(model="gae-demo", semantic_weight=0.1),
     "gae-d32": GAE,                                               # 200 epochs
     "gae-d64": GAE | dict(model="gae-d64"),
     "dgae-demo": DEMO | dict(model="dgae-demo", lambda1=0.01, val_images=64),

@@ -142,7 +142,7 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
         learning.append(projection)
     if args.semantic_weight:
         demo = args.preset == "gae-demo"   # whose teacher looks at a judge's features
-        features = (frozen.Convolutions(judge := frozen.ShapesJudge(), args.size, judge.body)
+        features = (frozen.Convolutions(judge := frozen.ShapesJudge(), args.size, judge.body[:-1])
                     if demo else frozen.DinoV2(1024, 24, side, imagenet=True))
         narrow = models.SemanticTeacher(96 if demo else 1024, side, net.channels, 4 >> demo)
         semantic = as_on_cuda(nn.Sequential(features, narrow))

@@ -30,8 +30,8 @@ from studies.records import read_log, read_scores
 
 # ------------------------------------------------------------------------------
 # The arms.  lambda1 of each was chosen once, on a seed that is not used here, so that
-# the mean of sigma^2 is that of the noise with which it is compared: (C / 0.8)^2 for
-# dynamic noise, and for the two decoders that of each other.
+# the mean of sigma^2 is about that of the noise with which it is compared: (C / 0.8)^2
+# for dynamic noise, and for the two decoders that of each other.
 
 
 @dataclass
@@ -43,45 +43,45 @@ class Arm:
     decode_steps: tuple[int, ...] = ()
 
 
-STEPS = 1, 4, 10, 20, 50
 ARMS = {
     "GAE, dynamic noise C = 0.2": Arm("gae", "--preset gae-demo", True),
-    "GAE, VE": Arm("gae", "--preset gae-demo --loss ve --lambda2 0 --lambda1 0.02", True),
-    "DGAE, VE": Arm("dgae", "--preset dgae-demo", True, STEPS),
-    "the same encoder, one step, VE": Arm("dgae", "--preset dgae-demo --model demo", True),
+    "GAE, VE": Arm("gae", "--preset gae-demo --loss ve --lambda2 0 --lambda1 0.003", True),
+    "DGAE, VE": Arm("dgae", "--preset dgae-demo --lambda1 1e-3", True, (1, 4, 10, 20, 50)),
+    "one step, VE": Arm("dgae", "--preset dgae-demo --model demo --lambda1 1e-3", True),
     "GAE, C = 0.05": Arm("noise", "--preset gae-demo --sigma 0.05"),
     "GAE, C = 0.1": Arm("noise", "--preset gae-demo --sigma 0.1"),
     "GAE, C = 0.4": Arm("noise", "--preset gae-demo --sigma 0.4"),
 }
-SMOKE = "--smoke"
+# About half of the demo's steps.  The rate falls to 0 in them, so that every run ends flat.
+TOKENIZER, DIT = "--steps 1000", "--steps 1500"
 
 
-def commands(arm: Arm, seed: int, folder: Path, teacher: Path, count: int, smoke: bool
-             ) -> dict[Path, str]:
-    """What each file is made by, in order."""
-    tokenizer, more = folder / "tokenizer/checkpoint.pt", SMOKE if smoke else ""
-    flags, made = f"--seed {seed} --workers 0", {}
-    if "gae-demo" in arm.tokenizer and "dgae" not in arm.tokenizer:
-        made[teacher] = f"train_teacher.py {more} {flags} --out {teacher.parent}"
-        more_of_gae = f"--teacher {teacher}"
-    else:
-        more_of_gae = ""
-    made[tokenizer] = (f"train_tokenizer.py {more} {arm.tokenizer} {more_of_gae} {flags} "
-                       f"--out {tokenizer.parent}")
-    score = f"evaluate.py --tokenizer {tokenizer} --limit {count} --workers 0"
-    made[folder / "scores/results.json"] = (
-        f"{score} --probe {40 if smoke else 5000} --out {folder / 'scores'}")
+def commands(arm: Arm, seed: int, folder: Path, teacher: Path, count: int, generate: bool,
+             smoke: bool) -> dict[Path, str]:
+    """What each file is made by, in order.  count: of the images in a score."""
+    seeded = f"--seed {seed} --workers 0"
+    first, second, probe = (f"{seeded} --smoke",) * 2 + ("40",) if smoke else (
+        f"{seeded} {TOKENIZER}", f"{seeded} {DIT}", "5000")
+    tokenizer, made, teach = folder / "tokenizer/checkpoint.pt", {}, ""
+    if arm.question != "dgae":
+        shown = f"{seeded} --smoke" if smoke else seeded
+        made[teacher] = f"train_teacher.py {shown} --out {teacher.parent}"
+        teach = f"--teacher {teacher}"
+    made[tokenizer] = f"train_tokenizer.py {first} {arm.tokenizer} {teach} --out {tokenizer.parent}"
+    score = f"evaluate.py --tokenizer {tokenizer} --limit {count} --workers 0 --out {folder}"
+    made[folder / "scores/results.json"] = f"{score}/scores --noise 0.2 0.5 --probe {probe}"
     for steps in arm.decode_steps:
-        out = folder / f"scores-{steps}"
-        made[out / "results.json"] = f"{score} --decode-steps {steps} --noise --out {out}"
-    if arm.generates:
+        made[folder / f"scores-{steps}/results.json"] = (
+            f"{score}/scores-{steps} --noise --decode-steps {steps}")
+    if arm.generates and generate:
         dit, samples = folder / "dit/checkpoint.pt", folder / "samples/samples.npz"
-        made[dit] = (f"train_dit.py {more} {flags} --tokenizer {tokenizer} --out {dit.parent} "
-                     f"--cache {folder / 'latents'}")
-        made[samples] = f"sample.py {more} --dit {dit} --seed {seed} --out {samples.parent}"
+        made[dit] = (f"train_dit.py {second} --tokenizer {tokenizer} --out {dit.parent} "
+                     f"--cache {folder}/latents")
+        made[samples] = f"sample.py --dit {dit} --seed {seed} --out {samples.parent}"
+        if smoke:
+            made[samples] += " --smoke --count 16"
         made[folder / "generation/results.json"] = (
-            f"evaluate.py --samples {samples} --limit {count} --workers 0 "
-            f"--out {folder / 'generation'}")
+            f"evaluate.py --samples {samples} --limit {count} --workers 0 --out {folder}/generation")
     return made
 
 
@@ -101,7 +101,7 @@ def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
         found["decode_steps"] = {
             steps: read_scores(folder / f"scores-{steps}/results.json")[0]["metrics"]
             for steps in arm.decode_steps}
-    if arm.generates:
+    if (folder / "generation/results.json").exists():
         row = read_scores(folder / "generation/results.json")[-1]
         found["generation"] = row["metrics"]
     return found
@@ -167,11 +167,13 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = runtime.Parser(__doc__)
     add = p.add_argument
-    add("--only", choices=sorted({arm.question for arm in ARMS.values()}), help="one question")
+    add("--only", nargs="+", choices=["gae", "dgae", "noise"], default=["gae", "dgae", "noise"],
+        help="the questions")
     add("--seeds", type=runtime.seed, nargs="+", default=[1, 2, 3], help="one run for each")
     add("--count", type=runtime.positive_int, default=500, help="images in each score")
     add("--out", type=Path, default=Path("runs/neighbours"), help="folder of the runs")
     add("--results", type=Path, default=Path("results/neighbours.json"), help="file")
+    add("--generate", action="store_true", help="also train transformers, and score samples")
     add("--redraw", action="store_true", help="train nothing")
     add("--smoke", action="store_true", help="a few steps of everything")
     return p.parse(argv, smoke=dict(seeds=[0], count=16, out=Path("runs/smoke/neighbours"),
@@ -182,14 +184,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     runtime.claim(runtime.Runtime("cpu"), args.results.parent, args.results)
-    chosen = {name: arm for name, arm in ARMS.items() if args.only in (None, arm.question)}
+    chosen = {name: arm for name, arm in ARMS.items() if arm.question in args.only}
     results: dict[str, dict[str, Any]] = {}
     for seed in args.seeds:   # all arms of a seed first: a part of the list is paired
         for name, arm in chosen.items():
             slug = "".join(c if c.isalnum() or c == "." else "-" for c in name)
             folder = args.out / f"{slug}/{seed}"
             made = commands(arm, seed, folder, args.out / f"teacher/{seed}/checkpoint.pt",
-                            args.count, args.smoke)
+                            args.count, args.generate, args.smoke)
             scored = all(path.exists() for path in made if path.suffix == ".json")
             for path, command in made.items():
                 if args.redraw or scored or path.exists() and path.suffix == ".json":

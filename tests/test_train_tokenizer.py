@@ -358,7 +358,7 @@ PRESETS = {
     "vavae-f16d32": GAN | dict(model="f16d32", align_weight=0.1),
     "vavae-f16d32-finetune": GAN | dict(model="f16d32", align_weight=0.1, disc_start=0,
                                         ve_warmup=1000),
-    "gae-demo": GAE_NOISE | dict(model="gae-demo", lr=3e-3, warmup=2, cooldown=0.8,
+    "gae-demo": GAE_NOISE | dict(model="gae-demo", semantic_weight=0.1, lr=3e-3, warmup=2, cooldown=0.8,
                                  teacher="my_teacher:target16"),
     "gae-d32": GAE | dict(model="gae-d32", teacher="my_teacher:target"),
     "gae-d64": GAE | dict(model="gae-d64", teacher="my_teacher:target64"),
