@@ -70,9 +70,11 @@ def commands(arm: Arm, seed: int, folder: Path, teacher: Path, count: int, gener
     made[tokenizer] = f"train_tokenizer.py {first} {arm.tokenizer} {teach} --out {tokenizer.parent}"
     score = f"evaluate.py --tokenizer {tokenizer} --limit {count} --workers 0 --out {folder}"
     made[folder / "scores/results.json"] = f"{score}/scores --noise 0.2 0.5 --probe {probe}"
-    for steps in arm.decode_steps:
+    if arm.decode_steps:
+        made[folder / "scores/results.json"] += " --decode-steps 10"
+    for steps in arm.decode_steps:   # of fewer images, because 50 steps of a U-Net take time
         made[folder / f"scores-{steps}/results.json"] = (
-            f"{score}/scores-{steps} --noise --decode-steps {steps}")
+            f"{score}/scores-{steps} --noise --decode-steps {steps} --limit {count * 2 // 5}")
     if arm.generates and generate:
         dit, samples = folder / "dit/checkpoint.pt", folder / "samples/samples.npz"
         made[dit] = (f"train_dit.py {second} --tokenizer {tokenizer} --out {dit.parent} "
