@@ -238,16 +238,17 @@ class SemanticPreservation:
         self.weight, self.place = args.semantic_weight, args.semantic_at
         self.autocast = lambda: rt.autocast(args.precision)
         side = args.size // tokenizer.stride
-        if ":" not in args.teacher and not Path(args.teacher).exists() and self.place == "latent":
-            raise InputError(f"GAE's latent needs a teacher, but {args.teacher} is not there: "
-                             "`python train_teacher.py` makes one; or --semantic-weight 0")
         if self.place == "latent" and ":" not in args.teacher:
+            if not Path(args.teacher).exists():
+                raise InputError(f"GAE needs a teacher, and {args.teacher} is not there: "
+                                 "`python train_teacher.py` makes one; or --semantic-weight 0")
             self.teacher = frozen.Target(args.teacher, side)
         else:
             self.teacher = frozen.load_teacher(args.teacher, side, imagenet=True)
         if isinstance(self.teacher, nn.Module):
             self.teacher.to(rt.device)
-        tokenizer.encoder.register_forward_hook(self.keep)
+        if self.place == "pre":
+            tokenizer.encoder.register_forward_hook(self.keep)
         x = torch.zeros(1, 3, args.size, args.size, device=rt.device)
         with torch.no_grad():
             mean, target = tokenizer.posterior(x)[0], self.target(x)
