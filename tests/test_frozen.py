@@ -194,6 +194,15 @@ def test_dinov2_is_that_of_timm(hub):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+def test_gae_s_dinov2_sees_the_colours_of_imagenet(hub):
+    write_dinov2(hub / "dinov2_vitl14_pretrain.pth")
+    plain, gae = (frozen.load_teacher("dinov2_vitl14", 2, flag) for flag in (False, True))
+    x = torch.rand(1, 3, 28, 28, generator=generator(0, "x"))
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert_close(gae(2 * x - 1), plain((x - mean) / std))
+
+
 def test_the_teacher_in_a_file_of_vavae(tmp_path):
     alone, vavae = tmp_path / "alone.pth", tmp_path / "vavae.pt"
     write_dinov2(alone)

@@ -207,6 +207,14 @@ def test_a_diffusion_decoder_gives_every_image_its_own_noise(tmp_path):
     assert np.abs(draw(dit, tmp_path / "out", *USUAL) - expected).max() > 5   # 20 steps
 
 
+def test_images_are_decoded_a_few_at_a_time_by_their_numbers():
+    seen, z = [], torch.randn(20, 1)
+    decoder = SimpleNamespace(decode=lambda z, images: seen.append((len(z), images)) or z)
+    found = sample.Networks.decode(SimpleNamespace(tokenizer=decoder), z, list(range(5, 25)))
+    assert torch.equal(found, z)
+    assert seen == [(16, list(range(5, 21))), (4, [21, 22, 23, 24])]
+
+
 def test_every_flag_is_tested():
     """Those of the last line by other tests of this file.  Guided channels are no flag."""
     args = vars(sample.parse([])).keys() - {"cfg_channels"}
