@@ -1,4 +1,4 @@
-"""What every weight of the toy does, and how VE works: its Figures 3 and 4.
+"""What every weight of the toy does, and how VE works: its Figures 4 and 5.
 
     python -m studies.toy_sweep            # 16 arms, seven minutes on two cores
     python -m studies.toy_sweep --smoke    # every line of it, in seconds
@@ -9,6 +9,7 @@ seeds the share of invalid samples deviates by 0.3 points for VE, and by 3.6 for
 the weakest KL term there.
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -97,7 +98,7 @@ class SweepModel(toy2d.Model):
 
 
 # ------------------------------------------------------------------------------
-# Figure 3 asks whether sigma follows the decoder's sensitivity T.  Eq. 14 is for a
+# Figure 4 asks whether sigma follows the decoder's sensitivity T.  Eq. 14 is for a
 # squared error.  The toy's error is an unsquared norm (Eq. 26), and where the
 # noise dominates it, it grows as c sigma sqrt(T).  Against 2 lambda1 / sigma^2,
 # the inverse variance of two dimensions, the balance is then
@@ -146,7 +147,7 @@ def mechanism(ve: dict, n: int = 4000) -> dict:
             "correlation": ts / math.sqrt(tt * ss)}
 
 
-def figure3(found: dict, lambda1: float) -> plt.Figure:
+def figure4(found: dict, lambda1: float) -> plt.Figure:
     """T and sigma over the latent plane, and one against the other."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
     figure.suptitle("VE: sigma is small where the decoder is sensitive")
@@ -178,7 +179,7 @@ def figure3(found: dict, lambda1: float) -> plt.Figure:
 
 
 # ------------------------------------------------------------------------------
-# Figure 4: the decoder's answer to a perturbation of the latent, which is what an
+# Figure 5: the decoder's answer to a perturbation of the latent, which is what an
 # error of the flow amounts to.
 
 STYLES = (("#D55E00", "-"), ("#E69F00", "-."), ("#009E73", ":"), ("#0072B2", "--"))
@@ -201,7 +202,7 @@ def perturbation(result: dict, n: int = 1000) -> dict[str, list[float]]:
                         for x in moved]}
 
 
-def figure4(curves: dict[str, dict[str, list[float]]]) -> plt.Figure:
+def figure5(curves: dict[str, dict[str, list[float]]]) -> plt.Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6),
                                          layout="constrained")
     figure.suptitle("What an error in the latent does to the decoded point")
@@ -245,26 +246,25 @@ def main(argv: list[str] | None = None) -> dict:
     runtime.claim(runtime.start("cpu"), args.out, path)
 
     recipe = toy2d.PRESETS["small"] | (toy2d.SMOKE if args.smoke else {})
+    measure = functools.partial(toy2d.measure, kind=SweepModel)
     arms = sweep(args.seed)
-    results = toy2d.run(arms, recipe, toy2d.CPU, args.out / "arms", SweepModel)
+    results = toy2d.run(arms, recipe, toy2d.CPU, args.out / "arms", measure)
     print(table(results))
     found = mechanism(results[3])
     curves = {r["arm"]["name"]: perturbation(r) for r in results[:4]}
-    figures = figure3(found, VE.weight), figure4(curves)
-    for number, figure in enumerate(figures, 3):
-        with runtime.atomic(args.out / f"toy2d_figure{number}.png") as temporary:
-            figure.savefig(temporary, dpi=80)
-        plt.close(figure)
+    figures = figure4(found, VE.weight), figure5(curves)
+    for number, figure in enumerate(figures, 4):
+        toy2d.save(figure, args.out / f"toy2d_figure{number}.png")
     report = {
         "command": "python -m studies.toy_sweep", "date": time.strftime("%Y-%m-%d"),
         "device": runtime.device_name(toy2d.CPU), "versions": runtime.versions(),
         "seed": args.seed, "recipe": recipe,
         "training_seconds": sum(result["seconds"] for result in results),
         "arms": {r["arm"]["name"]: r["numbers"] for r in results},
-        "figure3": {key: found[key] for key in ("slope", "correlation")},
-        "figure4": {"relative": RELATIVE.tolist()} | curves}
+        "figure4": {key: found[key] for key in ("slope", "correlation")},
+        "figure5": {"relative": RELATIVE.tolist()} | curves}
     runtime.write_json(path, report)
-    print(f"Figures 3 and 4 are in {args.out}, and the numbers in {path}.")
+    print(f"Figures 4 and 5 are in {args.out}, and the numbers in {path}.")
     return report
 
 

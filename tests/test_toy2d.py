@@ -115,6 +115,54 @@ def test_exact_velocity_of_one_gaussian() -> None:
     assert_close(end, m + s * x, atol=1e-2, rtol=0)
 
 
+def test_exact_velocity_against_quadrature() -> None:
+    # Along the first axis two Gaussians, along the second one and the same, so that
+    # the axes are independent.  E[z | z_t = x] is an integral over z of the prior
+    # times N(x; t z, (1 - t)^2), and z - eps = (z - x) / (1 - t).
+    mean = torch.tensor([[-1.0, 0.0], [1.5, 0.0]]).double()
+    std = torch.tensor([[0.3, 1.0], [0.6, 1.0]]).double()
+    z = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    prior = sum(torch.exp(-((z - m) / s) ** 2 / 2) / s for m, s in zip(mean[:, 0], std[:, 0]))
+    x = torch.tensor([[-2.0, 0.4], [0.1, -1.0], [0.9, 0.0]]).double()
+    for t in (0.0, 0.5, 0.95):
+        weight = prior * torch.exp(-((x[:, :1] - t * z) / (1 - t)) ** 2 / 2)
+        expected = ((weight @ z) / weight.sum(1) - x[:, 0]) / (1 - t)
+        assert_close(toy2d.exact_velocity(x, t, mean, std)[:, 0], expected)
+
+
+def test_samples_of_the_exact_flow_are_the_mixture_s() -> None:
+    # Two of three posteriors are the same one, and so two thirds of the samples.
+    mean = torch.tensor([[-1.0, 0.5], [-1.0, 0.5], [2.0, 0.5]]).double()
+    std = torch.tensor([[0.2, 0.1], [0.2, 0.1], [0.4, 0.1]]).double()
+    noise = torch.randn(20_000, 2, generator=rng()).double()
+    z = flow.euler(lambda *at: toy2d.exact_velocity(*at, mean, std), noise, 200)
+    right = z[:, 0] > 0.5
+    assert_close(right.double().mean().item(), 1 / 3, atol=0.015, rtol=0)
+    for part, k in ((z[~right], 0), (z[right], 2)):
+        assert_close(part.mean(0), mean[k], atol=0.03, rtol=0)
+        assert_close(part.std(0), std[k], atol=0, rtol=0.05)
+
+
+def test_float32_is_enough_for_the_exact_flow() -> None:
+    # Posteriors as thin as those of a weak KL term, and the steps of Eq. 31.
+    mean, noise = (torch.randn(n, 2, generator=rng(n)) for n in (500, 300))
+    std = torch.full_like(mean, 0.005)
+    ends = [flow.euler(lambda *at: toy2d.exact_velocity(*at, mean, std), x, toy2d.STEPS)
+            for x in (noise, noise.double())]
+    assert ends[0].dtype == torch.float32
+    assert toy2d.flow_error(ends[0].double(), ends[1]) < 1e-4
+
+
+def test_flow_error() -> None:
+    x, n = (torch.randn(100_000, 2, generator=rng(k)) for k in (0, 1))
+    assert toy2d.flow_error(x, x) == 0
+    # Normal errors have the median length that they are divided by.
+    assert_close(toy2d.flow_error(x + 0.03 * n, x), 0.03, rtol=0.02, atol=0)
+    # Two in a hundred samples on another branch change little.
+    far = torch.where(torch.arange(len(x)) % 50 == 0, 2.0, 0.0)[:, None]
+    assert_close(toy2d.flow_error(x + 0.03 * n + far, x), 0.03, rtol=0.05, atol=0)
+
+
 def test_exact_velocity_against_monte_carlo() -> None:
     # E[z - eps | z_t = x]: draws of z weighed by the density of eps = (x - t z) / (1 - t).
     mean = torch.tensor([[-1.0, 0.0], [1.0, 0.5], [0.0, 2.0]]).double()
@@ -217,7 +265,7 @@ def arms(out: Path) -> dict[tuple[str, int], dict]:
 def test_smoke_writes_figures_and_numbers(smoke: tuple[Path, dict]) -> None:
     out, numbers = smoke
     assert {p.name for p in out.glob("*.*")} == {
-        "toy2d_figure1.png", "toy2d_figure2.png", "toy2d.json"}
+        "toy2d_figure1.png", "toy2d_figure2.png", "toy2d_figure3.png", "toy2d.json"}
     assert json.loads((out / "toy2d.json").read_text())["arms"] == numbers
     trained = arms(out)
     assert len(trained) == 8
@@ -229,7 +277,11 @@ def test_smoke_writes_figures_and_numbers(smoke: tuple[Path, dict]) -> None:
 def test_numbers_follow_from_the_points(smoke: tuple[Path, dict]) -> None:
     arm = arms(smoke[0])["VE 1e-2", 5]
     points, numbers = arm["points"], arm["numbers"]
-    for key, name in (("sample", "invalid [%]"), ("exact", "invalid, exact flow [%]")):
+    model = toy2d.Model(VE, SMOKE["width"])
+    model.load_state_dict(arm["model"])
+    points["D(z)"] = model.decoder(points["z"]).detach()
+    for key, name in (("sample", "invalid [%]"), ("exact", "invalid, exact flow [%]"),
+                      ("D(z)", "invalid D(z) [%]")):
         outside = density(points[key]) < math.exp(toy2d.threshold())
         assert_close(numbers[name], 100 * outside.mean())
     error = (points["rec"] - points["x"]).norm(dim=1).mean().item()
@@ -240,7 +292,8 @@ def test_numbers_follow_from_the_points(smoke: tuple[Path, dict]) -> None:
 def test_deviation_is_that_of_a_sample(
         smoke: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(toy2d, "draw", lambda *_: None)
+    for name in ("draw", "draw_mechanism"):
+        monkeypatch.setattr(toy2d, name, lambda *_: None)
     out, numbers = smoke
     toy2d.main(["--smoke", "--seeds", "3", "5", "--device", "cpu", "--out", str(out)])
     a, b = numbers["KL 1e-3"]["spread"]
@@ -413,7 +466,8 @@ def three_arms(folder: Path, event: Callable, monkeypatch: pytest.MonkeyPatch) -
     """
     monkeypatch.setattr(toy2d, "SMOKE", LONG)
     with monkeypatch.context() as untrained:
-        untrained.setattr(toy2d, "train", lambda *_: None)
+        untrained.setattr(toy2d, "train_tokenizer", lambda *_: None)
+        untrained.setattr(toy2d, "train_flow", lambda *_: None)
         toy2d.run([KL], LONG, toy2d.CPU, folder / "arms")
     begun = runtime.as_completed
 
@@ -481,7 +535,7 @@ def test_processes_end_when_the_command_is_killed(
 
 
 # ------------------------------------------------------------------------------
-# The sweep, and the mechanism of Figure 3.
+# The sweep, and sigma's mechanism in Figure 4.
 
 
 @pytest.mark.parametrize("squared", [True, False])
@@ -498,7 +552,7 @@ def test_equilibrium_minimises_the_objective(squared: bool) -> None:
     assert_close(slope.item(), -1 / 4 if squared else -1 / 6)
 
 
-def test_slope_of_figure_3_is_recovered() -> None:
+def test_slope_of_figure_4_is_recovered() -> None:
     # A tokenizer whose sigma is 0.05 T^(-1/4) of its own decoder, exactly.
     model = toy2d.Model(VE, 32)
     mean = 3 * torch.randn(300, 2, generator=rng())
@@ -546,8 +600,8 @@ def test_sweep_runs_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in names)
     assert {p.name for p in tmp_path.glob("*.*")} == {
-        "toy2d_figure3.png", "toy2d_figure4.png", "toy2d_sweep.json"}
+        "toy2d_figure4.png", "toy2d_figure5.png", "toy2d_sweep.json"}
     monkeypatch.setattr(toy2d.plt.Figure, "savefig", full)
     said = complaint(capsys, toy_sweep.main, "--out", tmp_path)
-    assert "toy2d_figure3.png cannot be written (No space" in said
+    assert "toy2d_figure4.png cannot be written (No space" in said
     assert len(list(tmp_path.iterdir())) == 4
