@@ -148,15 +148,16 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
                            for column in zip(*curves)], "o-", label=name)
         steps = [row["decode_steps"] for row in seeds.values() if "decode_steps" in row]
         if steps:
-            for metric, ax in (("PSNR", right), ("rFD-Shapes", right.twinx())):
-                counts = sorted(steps[0], key=int)
+            counts, other = sorted(steps[0], key=int), right.twinx()
+            for metric, ax, style in (("PSNR", right, "C0o-"), ("rFD-Shapes", other, "C1s--")):
                 ax.plot([int(k) for k in counts],
-                        [statistics.mean(row[k][metric] for row in steps) for k in counts],
-                        "o-" if metric == "PSNR" else "s--", label=metric)
-                ax.set_ylabel(metric)
+                        [statistics.mean(row[k][metric] for row in steps) for k in counts], style)
+                ax.set_ylabel(f"{metric} ({'dashed' if '--' in style else 'solid'})")
+            right.set(xscale="log", xticks=[int(k) for k in counts], xticklabels=counts)
+            right.minorticks_off()
     left.set(xlabel="deviation of the noise on the latent", ylabel="PSNR (dB)")
-    right.set(xlabel="Euler steps of DGAE's decoder", xscale="log")
-    left.legend(fontsize=7)
+    right.set(xlabel="Euler steps of DGAE's decoder")
+    left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     figure.tight_layout()
     with runtime.atomic(path) as temporary:
         figure.savefig(temporary, dpi=130)
