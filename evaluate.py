@@ -16,6 +16,7 @@ receives results.json and noise_curve.png.
 """
 
 import hashlib
+import re
 import time
 from collections import Counter
 from contextlib import suppress
@@ -429,7 +430,7 @@ def score_samples(path, reference, source, size, choice, cache, read):
 # ------------------------------------------------------------------------------
 # What is printed, and what is drawn.
 
-HIGHER = "PSNR SSIM IS precision recall density coverage recognised".split()
+HIGHER = "PSNR SSIM IS precision recall density coverage recognised linear neighbours".split()
 
 
 def show(row):
@@ -442,7 +443,7 @@ def show(row):
         if not name.endswith(" of real images"):
             pair = [scores.get(key) for key in (name, f"{name} of real images")]
             value, real = ("" if v is None else f"{v:.4g}" for v in pair)
-            better = "higher ↑" if name.split("-")[0] in HIGHER else "lower ↓"
+            better = "higher ↑" if re.split("[-, ]", name)[0] in HIGHER else "lower ↓"
             print(f"  {name:24} {value:>10} {real:>14}   {better}")
 
 

@@ -368,7 +368,7 @@ def test_a_diffusion_decoder_is_scored_with_the_chosen_steps():
 
 
 @torch.no_grad()
-def test_what_latents_say_about_the_class(tokenizers):
+def test_what_latents_say_about_the_class(tokenizers, capsys):
     """Fitted to 60 training images, and asked about the held-out ones."""
     net, _ = checkpoints.load_tokenizer("a.pt")
     found = {}
@@ -376,6 +376,8 @@ def test_what_latents_say_about_the_class(tokenizers):
         x, y = shapes(split, count)
         found[split] = net.posterior(x / 127.5 - 1)[0], y
     row, = run("--tokenizer", "a.pt", "--limit", "30", "--probe", "60")
+    said = [line for line in capsys.readouterr().out.splitlines() if ", flat" in line]
+    assert len(said) == 2 and all(line.endswith("higher ↑") for line in said)
     for name, rows_of in (("flat", lambda z: z.flatten(1)), ("averaged", lambda z: z.mean((2, 3)))):
         given = [rows_of(a) if a.ndim == 4 else a for pair in found.values() for a in pair]
         assert row["metrics"][f"neighbours, {name}"] == pytest.approx(
