@@ -1,0 +1,391 @@
+"""Will the latents of a tokenizer be easy to diffuse?  A page of their properties.
+
+    laptop     python diffusability.py            # of the default run's tokenizer
+    with DiT   python diffusability.py --tokenizer a.pt --dit dit.pt
+    data       python diffusability.py --tokenizer a.pt --data DIR --masks MASKS
+    several    python diffusability.py --compare a.pt b.pt page.json --out all.json
+
+Nothing is trained.  Images that the tokenizer has not learned are encoded, and
+latents.py computes what "Diffusing in the Right Space" (Zhong et al. 2026) and its
+sources propose.  What cannot be computed is n/a, with the reason.  --out receives
+the page as JSON.  --compare writes a figure beside it.
+"""
+
+import functools
+import math
+import time
+from pathlib import Path
+
+import runtime  # before torch: it says how idle threads wait
+
+import torch
+from tqdm import tqdm
+
+import checkpoints
+import data
+import flow
+import frozen
+import latents
+import metrics
+from latents import Standardised
+from runtime import InputError
+
+# ------------------------------------------------------------------------------
+# What is fixed, and what has a flag.
+
+LEAST = 16            # images without which there is no page
+REFERENCE = 10_000    # latents among which iFID looks for neighbours, at most
+FEW = 256             # images that are moved, and paths
+SMOKE = dict(limit=64, decode=16, workers=0, out=Path("runs/smoke/diffusability/page.json"),
+             tokenizer=Path("runs/smoke/tokenizer/checkpoint.pt"))
+
+
+def parse(argv):
+    p = runtime.Parser(__doc__)
+    add, count = p.add_argument, runtime.positive_int
+    add("--tokenizer", type=Path, default=Path("runs/tokenizer/checkpoint.pt"),
+        help="checkpoint, ours or a published one")
+    add("--dit", type=Path, help="a transformer on its latents, whose paths are measured")
+    add("--compare", nargs="+", type=Path, default=[], metavar="FILE",
+        help="checkpoints of tokenizers, or pages (.json), side by side")
+    add("--data", help="shapes, cifar10 or a folder that has held-out images;"
+        " else what the tokenizer was trained on")
+    add("--masks", type=Path, help="folder with a .png for every held-out image, of its"
+        " name and size; what is not black is the object; shapes have their own")
+    add("--size", type=count, help="side in pixels; else that of training")
+    add("--features", default="auto", help="of rFD and iFD: auto, inception, judge,"
+        " efficientnet-lite0 or module:function")
+    add("--limit", type=count, help="most images; else all that are held out")
+    add("--decode", type=count, default=1000, help="images for what needs a network")
+    add("--out", type=Path, default=Path("runs/diffusability/page.json"), help="a .json")
+    add("--at-once", "--batch", type=count, default=64, help="images in a batch")
+    add("--workers", type=runtime.natural_int, default=2, help="loaders")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--seed", type=runtime.seed, default=0, help="of every draw")
+    add("--smoke", action="store_true", help="a few images of another smoke run")
+    args = p.parse(argv, smoke=SMOKE)
+    if args.out.suffix != ".json":
+        raise InputError(f"--out {args.out} must end in .json")
+    if args.compare and args.dit:
+        raise InputError("--dit belongs to one --tokenizer: make its page, and compare pages")
+    for path in args.compare:
+        runtime.regular(path)
+    return args
+
+
+# ------------------------------------------------------------------------------
+# From images to latents.
+
+
+@torch.no_grad()
+def encode(tokenizer, images, count, keep, masks, seed, batch, workers, device):
+    """Tensors of `count` images spread over the set, with the pixels of `keep` of them."""
+    if count < LEAST:
+        raise InputError(f"{images.name} has {count} images to look at, and {LEAST} are needed")
+    rows, pixels, begin = {}, [], 0
+    shown = torch.arange(keep) * count // max(1, keep)
+    parts = data.once(images, batch, workers=workers, limit=count, device=device)
+    for part in tqdm(parts, f"{images.split} images", -(-count // batch), unit="batch"):
+        for name in part["skipped"]:
+            raise InputError(f"{name} cannot be read: replace or remove it")
+        index, end = part["index"].tolist(), begin + len(part["index"])
+        mean, logvar = tokenizer.posterior(part["x"])
+        std = torch.exp(0.5 * logvar)
+        draws = [runtime.generator(seed, "diffusability", i) for i in index]
+        eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in draws])
+        scale = torch.stack([torch.randn((), generator=g) for g in draws])
+        kl = 0.5 * (mean.square() + std.square() - logvar - 1)
+        z = tokenizer.sample(mean, std, eps.to(mean), scale.to(mean))
+        found = {"mean": mean, "sample": z, "labels": part["y"], "kl": kl.mean((1, 2, 3)),
+                 "variance": std.square().mean((2, 3))}
+        if masks:
+            found["masks"] = latents.mask_grid(read_masks(masks, images, index), mean.shape[2:])
+        for name, value in found.items():
+            if name not in rows:
+                rows[name] = torch.empty(count, *value.shape[1:], dtype=value.dtype)
+            rows[name][begin:end] = value.cpu()
+        pixels.append(part["pixels"].cpu()[torch.isin(torch.arange(begin, end), shown)])
+        begin = end
+    return rows | {"shown": shown, "pixels": torch.cat(pixels)}
+
+
+def read_masks(folder, images, index):
+    """Objects [n, H, W] in [0, 1] of these images, cropped as they are."""
+    if isinstance(images, data.Shapes):
+        return images.render_batch(index)[2]
+    found = []
+    for file in map(Path, map(images.name_of, index)):
+        path = folder / file.relative_to(images.folder).with_suffix(".png")
+        try:
+            with data.picture(path) as mask, data.picture(file) as image:
+                sizes = mask.size, image.size
+                black = mask.convert("L").point([0] + [255] * 255)
+        except Exception:   # Pillow raises anything
+            raise InputError(f"{path} is no mask: every image needs a .png") from None
+        if sizes[0] != sizes[1]:
+            raise InputError(f"{path} has {sizes[0]} pixels, and its image {sizes[1]}: give a"
+                             " mask of the image's size")
+        crop = data.adm_crop(black, images.size).tobytes()
+        found.append(torch.frombuffer(bytearray(crop), dtype=torch.uint8) / 255)
+    return torch.stack(found).unflatten(1, (images.size, images.size))
+
+
+def load_dit(dit, path, sha256, shape):
+    network, file = checkpoints.load_dit(dit)
+    found = [network.config[key] for key in ("in_channels", "input_size")]
+    if file.get("tokenizer", {}).get("sha256", sha256) != sha256 or found != shape:
+        raise InputError(f"{path} is not the tokenizer of {dit}, or --size is another: give its"
+                         " own, or train it again")
+    return network
+
+
+def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, workers, device):
+    """The perspectives of a page, and where its numbers are from."""
+    tokenizer, file = checkpoints.load_tokenizer(path)
+    trained, sha256 = file.get("config", {}), runtime.file_sha256(path)
+    source, size = source or trained.get("data"), size or trained.get("size")
+    if not (source and size):
+        raise InputError(f"{path} does not name its images: give --data and --size")
+    images, training = (data.open_dataset(source, size, split, trained.get("seed", 0))
+                        for split in ("val", "train"))
+    if masks and not hasattr(images, "folder"):
+        raise InputError(f"--masks are for folders of images, not for {source}")
+    shape = [tokenizer.channels, size // tokenizer.stride]
+    network = load_dit(dit, path, sha256, shape).to(device) if dit else None
+    net = frozen.load_features(choice, source, size, device)
+    tokenizer.to(device)
+    masks = Path() if isinstance(images, data.Shapes) else masks
+    count = min(limit or len(images), len(images))
+    common, train = (seed, batch, workers, device), {}
+    val = encode(tokenizer, images, count, min(decode, count), masks, *common)
+    z, samples = (Standardised(val[name], device) for name in ("mean", "sample"))
+    if not images.note and len(training) >= LEAST:   # a note says that nothing is held out
+        few = min(count, REFERENCE, len(training))
+        train = encode(tokenizer, training, few, 0, None, *common)
+    return perspectives(z, samples, val, train, tokenizer, net, network, seed, batch), {
+        **net.about(), "data": f"{source} {images.split}", "size": size, "images": count,
+        "decoded": len(val["shown"]), "data_sha256": data.fingerprint(images), "seed": seed,
+        "tokenizer_sha256": sha256, "dit_sha256": dit and runtime.file_sha256(dit)}
+
+
+# ------------------------------------------------------------------------------
+# The perspectives.
+
+
+def perspectives(z, samples, val, train, tokenizer, net, dit, seed, batch):
+    """A function for each of latents.PERSPECTIVES, which returns its properties.
+
+    val, train: what `encode` returns; without training images, train is {}.
+    """
+    labels, masks, shown, device = val["labels"], val.get("masks"), val["shown"], z.device
+    variance, kl, classes = val["variance"].double().mean(0), val["kl"].mean().item(), []
+
+    def draw(*names):
+        return runtime.generator(seed, "diffusability", *names)
+
+    def latent(x):
+        means = [tokenizer.posterior(part.to(device))[0] for part in x.split(batch)]
+        return flow.normalize(torch.cat(means), z.mean, z.std)
+
+    @functools.cache
+    def real():
+        moments = metrics.Moments()
+        for x in val["pixels"].split(batch):
+            moments.add(net(x.to(device))[0])
+        return moments.fit()
+
+    def scores(raw):
+        """FD and PSNR of what latents decode to, against the images that are shown."""
+        fake, psnr = metrics.Moments(), []
+        pairs = zip(raw.split(batch), val["pixels"].split(batch))
+        for pair in tqdm(pairs, "decode", -(-len(raw) // batch), leave=False, delay=2):
+            part, x = (tensor.to(device) for tensor in pair)
+            x_hat = data.to_uint8(tokenizer.decode(part))
+            fake.add(net(x_hat)[0])
+            psnr.append(metrics.psnr(x_hat, x).cpu())
+        fd = metrics.frechet_distance(real(), fake.fit())
+        return fd, torch.cat(psnr).mean().item()
+
+    def velocity():
+        classes.extend(latents.fit_classes(z, labels))
+        return latents.velocity(z, samples, labels, classes, draw)
+
+    def semantics():
+        known = Standardised(train["mean"], device, like=z) if train else None
+        return latents.semantics(z, labels, masks, known, train.get("labels"))
+
+    def equivariance():
+        return latents.equivariance(
+            latent, data.from_uint8(val["pixels"][:FEW]), z[shown[:FEW]])
+
+    def continuity():
+        return latents.continuity(
+            lambda raw: scores(raw)[0], z, shown, train.get("mean"), draw)
+
+    def decoder():
+        return latents.decoder(
+            tokenizer.decode, scores, z, shown, variance, kl, labels, classes, draw)
+
+    def paths():
+        if dit is None:
+            raise InputError("needs a transformer: give --dit")
+        return latents.paths(latents.fields(dit, min(FEW, len(shown)), draw, device))
+
+    functions = (
+        velocity, semantics, lambda: latents.space(z, masks), lambda: latents.smoothness(z),
+        continuity, lambda: latents.uniformity(z, draw), equivariance, decoder, paths)
+    return dict(zip(latents.PERSPECTIVES, functions, strict=True))
+
+
+@torch.no_grad()
+def measure(functions, about):
+    """A page: every property of latents.PERSPECTIVES, or the reason why it is n/a."""
+    page = {"properties": {}, "curves": {}, "choices": {}, "protocol": about}
+    for perspective, function in (bar := tqdm(functions.items(), "properties")):
+        bar.set_postfix_str(perspective)
+        names, begin = latents.PERSPECTIVES[perspective], time.perf_counter()
+        try:
+            found = function()
+        except InputError as reason:
+            found = dict.fromkeys(names, str(reason))
+        seconds = round(time.perf_counter() - begin, 2)
+        if "choice" in found:
+            page["choices"][perspective] = found["choice"]
+        if "curve" in found:
+            name, *page["curves"][name] = found["curve"]
+        for name, (better, meaning) in names.items():
+            value, beside = found[name] if isinstance(found[name], tuple) else (found[name], "")
+            if isinstance(value, str) or not math.isfinite(value):
+                value, beside = None, value if isinstance(value, str) else f"it is {value}"
+            page["properties"][name] = {
+                "value": value, "beside": beside, "better": better, "meaning": meaning,
+                "perspective": perspective, "seconds": seconds}
+    return page
+
+
+# ------------------------------------------------------------------------------
+# What is printed, and what is drawn.
+
+ARROWS = {"higher": "↑", "lower": "↓", "": " "}
+
+
+def written(row):
+    return "n/a" if row["value"] is None else f"{row['value']:.4g}"
+
+
+def show(page):
+    """Value, better direction and meaning; seconds stand beside a perspective's name."""
+    about = page["protocol"]
+    print(f"\n{page['of']}: {about['images']} images of {about['data']}, of which"
+          f" {about['decoded']} are decoded")
+    before = None
+    for name, row in page["properties"].items():
+        if row["perspective"] != before:
+            before = row["perspective"]
+            print(f"\n{before} ({row['seconds']:.1f} s)")
+        text = row["meaning"] + f" ({row['beside']})" * bool(row["beside"])
+        text = row["beside"] if row["value"] is None else text
+        print(f"  {name:24} {written(row):>9} {ARROWS[row['better']]}  {text}")
+    print("\nWhat the paper leaves open:")
+    for perspective, choice in page["choices"].items():
+        print(f"  {perspective}: {choice}")
+
+
+def compare(pages):
+    """A table with a column for each tokenizer."""
+    names = names_of(pages)
+    width = max(12, *map(len, names)) + 1
+    print("\n" + " " * 29 + "".join(f"{name:>{width}}" for name in names))
+    for name, first in pages[0]["properties"].items():
+        cells = [written(page["properties"][name]) for page in pages]
+        print(f"  {name:24} {ARROWS[first['better']]} " + "".join(f"{c:>{width}}" for c in cells))
+
+
+def names_of(pages):
+    """The folder of each checkpoint as far as these differ, or its whole path."""
+    short = [Path(page["of"]).absolute().parent.name for page in pages]
+    return short if len({*short}) == len(pages) else [page["of"] for page in pages]
+
+
+def plot(pages, path):
+    """The properties that have a better direction, over their mean, and the curves."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    names, curves = names_of(pages), pages[0]["curves"]
+    rows = {f"{name} {ARROWS[row['better']]}": [p["properties"][name]["value"] for p in pages]
+            for name, row in pages[0]["properties"].items() if row["better"]}
+    rows = {name: row for name, row in rows.items() if None not in row and min(row) > 0}
+    figure, axes = plt.subplots(1, 1 + len(curves), squeeze=False, layout="constrained",
+                                figsize=(4 + 3.5 * len(curves), 9))
+    for k, (name, page) in enumerate(zip(names, pages)):
+        ratios = [row[k] * len(row) / sum(row) for row in rows.values()]
+        axes[0, 0].plot(ratios, range(len(rows)), "o", label=name)
+        for axis, curve in zip(axes[0, 1:], curves):
+            label, *points = page["curves"].get(curve, ["", [], []])
+            axis.plot(*points, f"C{k}")
+            axis.set(title=curve, xlabel=label)
+            if curve == "length of steps":   # dashed, what VIV is at these times
+                _, t, variance = page["curves"].get("variance of the velocity", ["", [], [1]])
+                mean = sum(variance) / len(variance)
+                axis.plot(t, [v / mean for v in variance][:len(t)], f"C{k}--")
+    axes[0, 0].set(xscale="log", xlabel="value / mean of all", yticks=range(len(rows)),
+                   yticklabels=rows)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend()
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    with runtime.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def read_page(path):
+    """A page that was written before."""
+    page, names = runtime.read_json(path), sum(map(list, latents.PERSPECTIVES.values()), [])
+    try:
+        whole = [*page["properties"]] == names and {"of", "protocol"} <= page.keys()
+        fine = whole and all(len(curve) == 3 for curve in page["curves"].values())
+    except (AttributeError, KeyError, TypeError):
+        fine = False
+    if not fine:
+        raise InputError(f"{path} is no page of this version: make it again")
+    return page
+
+
+@runtime.command
+def main(argv=None):
+    args = parse(argv)
+    rt = runtime.start(args.device)
+    if rt.world > 1 or rt.device.type == "mps":   # which has no float64
+        raise InputError("one process makes the page, on --device cpu or cuda")
+    torch.set_float32_matmul_precision("highest")   # TF32 would change small differences
+    torch.backends.cudnn.allow_tf32 = False
+    figure = args.out.with_suffix(".png")
+    runtime.claim(rt, args.out.parent, args.out, *[figure] * bool(args.compare))
+    pages, known = [], {path: read_page(path) for path in args.compare if path.suffix == ".json"}
+    for path in args.compare or [args.tokenizer]:
+        page = known.get(path) or {"of": str(path)} | measure(*prepare(
+            path, args.dit, args.data, args.masks, args.size, args.features, args.limit,
+            args.decode, args.seed, args.at_once, args.workers, rt.device))
+        pages.append(page)
+        if path not in known:
+            show(page)
+    about = {"command": runtime.command_line(), "date": time.strftime("%F"),
+             "versions": runtime.versions(), "device": runtime.device_name(rt.device)}
+    if not args.compare:
+        runtime.write_json(args.out, pages[0] | about)
+        return print(f"\nwrote {args.out}")
+    same = "data", "size", "images", "decoded", "features", "data_sha256"
+    kinds = [[page["protocol"].get(key) for key in same] for page in pages]
+    if any(kind != kinds[0] for kind in kinds):
+        raise InputError("the pages are of other images or features, and cannot be compared:"
+                         " make them with the same --data, --size, --limit and --decode")
+    compare(pages)
+    plot(pages, figure)
+    runtime.write_json(args.out, {"pages": pages} | about)
+    print(f"\nwrote {args.out} and {figure}")
+
+
+if __name__ == "__main__":
+    main()
