@@ -243,7 +243,7 @@ def build(make: Callable, config: dict, state: Any, path: str | Path) -> Any:
     try:
         networks: dict[Any, type] = {
             models.build_dit: models.DiT, models.build_teacher: models.SemanticTeacher}
-        network = networks.get(make) or models.ARCHITECTURES[config["arch"]]
+        network: Any = networks.get(make) or models.ARCHITECTURES[config["arch"]]
         hints = typing.get_type_hints(network.__init__)
         wrong = [name for name in config if name in hints and not fits(config[name], hints[name])]
         blocks = sum(config.get(name, 0) for name in ("depth", "num_res_blocks", "unet_blocks"))
