@@ -4,9 +4,9 @@ Figures 1 and 2 of "Taming Sampling Perturbations with Variance Expansion Loss f
 Latent Diffusion Models" (Li et al.), as its supplement C describes them.  With a
 weak KL term a tokenizer reconstructs a tree almost perfectly, and yet generates
 worse than with the Variance Expansion loss (VE).  Figure 3 shows why: with the exact
-flow in the place of the learned one the order is reversed.
+flow in the place of the learned one KL is the better of the two.
 
-    python toy2d.py                      # a minute on two cores
+    python toy2d.py                      # 80 seconds on two cores
     python toy2d.py --seeds 0 1 2 3 4    # mean and deviation over five seeds
     python toy2d.py --preset paper       # the sizes of supplement C, for a GPU
     python toy2d.py --smoke              # every line of it, in seconds
@@ -373,7 +373,7 @@ def draw(arms: list[dict], title: str, path: Path) -> None:
             symbol, half = ("z", reach) if key == "z" else ("x", 1.6)
             shown, valid = points[key][:3000], arm["valid"][key][:3000]
             if key != "z":
-                ax.plot(*points["x"].T, ".", ms=2.5, mew=0, color="#E2E2E2")
+                ax.plot(*points["x"].T, ".", ms=2.5, mew=0, color="#E2E2E2", zorder=0)
             ax.scatter(*shown.T, s=np.where(valid, 2, 5),
                        c=np.where(valid, "#0072B2", "#D55E00"), linewidths=0)
             ax.set(title=title, xlabel=f"${symbol}_1$", ylabel=f"${symbol}_2$",
