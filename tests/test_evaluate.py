@@ -76,7 +76,7 @@ class Identity(torch.nn.Module):
     def posterior(self, x):
         return 0.2 * x, torch.zeros_like(x)
 
-    def decode(self, z):
+    def decode(self, z, images):
         return z
 
 
@@ -98,7 +98,7 @@ def painted(monkeypatch):
     file = {"config": dict(data="shapes", size=32, seed=0),
             "latent_std": torch.tensor([0.5, 1.0, 1.5])}
     Path("checkpoint.pt").touch()
-    monkeypatch.setattr(checkpoints, "load_tokenizer", lambda path: (Identity(), file))
+    monkeypatch.setattr(checkpoints, "load_tokenizer", lambda path, steps: (Identity(), file))
     monkeypatch.setattr(data, "open_dataset", lambda name, size, split, seed=0: Painted(
         size, split, seed))
 

@@ -285,11 +285,11 @@ def test_an_interrupted_run_draws_only_what_is_missing(dit, tmp_path, monkeypatc
     whole = draw(dit, tmp_path / "whole", *flags)
     decode, decoded = models.Autoencoder.decode, []
 
-    def interrupted(self, z):
+    def interrupted(self, z, images):
         decoded.append(z)
         if len(decoded) == 4:
             raise KeyboardInterrupt
-        return decode(self, z)
+        return decode(self, z, images)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(models.Autoencoder, "decode", interrupted)

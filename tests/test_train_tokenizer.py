@@ -206,7 +206,8 @@ def balance(rec, other, layer, maximum):
 def networks(s, init=None):
     """What trains: networks and optimisers by their names in the checkpoint."""
     torch.manual_seed(s.seed)
-    given = dict(noise="gaussian", sigma=s.sigma) if s.loss == "sigma" else {}
+    kinds = {"sigma": dict(noise="gaussian", sigma=s.sigma), "none": dict(noise="none")}
+    given = kinds.get(s.loss, {})
     tokenizer = models.build_tokenizer(models.AUTOENCODERS[s.model] | given)
     tokenizer.load_state_dict(init or tokenizer.state_dict())
     trained = nn.ModuleDict({"model": tokenizer})
