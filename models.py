@@ -241,6 +241,8 @@ class Tokenizer(nn.Module):
                         so that |std| is about sigma on average (LatentLM, GAE)
             "none"      std = 0: a plain autoencoder
 
+    A network adds encode(x), and decode(z, images): x_hat [B, 3, H, W], float32 and
+    not clamped.  Only a diffusion decoder looks at `images`, and `diffuses` names it.
     `config` rebuilds the network, `stride` is the number of pixels per latent
     position along each side, and `channels` is C.
     """
@@ -252,13 +254,6 @@ class Tokenizer(nn.Module):
         std = {"learned": None, "fixed": sigma, "gaussian": sigma / 0.8, "none": 0.0}
         self.channels, self.fixed_std = config["z_channels"], std[noise]
         self.learns_sigma, self.diffuses = noise == "learned", False
-
-    def decode(self, z: Tensor, images: Sequence[int] | None = None) -> Tensor:
-        """x_hat [B, 3, H, W], float32 and not clamped, from z.
-
-        Only a diffusion decoder looks at `images`, see DiffusionAutoencoder.
-        """
-        raise NotImplementedError
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mean and logvar = log std^2 of q(z | x): [B, C, h, w], float32.
@@ -759,8 +754,7 @@ class VitAutoencoder(Tokenizer):
             moments = self.adapter(h.float())
             if self.config["latent_norm"]:
                 mean, logvar = moments.tensor_split([self.channels], dim=-1)
-                mean = F.rms_norm(mean, (self.channels,), eps=1e-6)
-                moments = torch.cat([mean, logvar], dim=-1)
+                moments = torch.cat([rms(mean), logvar], dim=-1)
             return moments.transpose(1, 2).unflatten(2, (self.grid, self.grid))
 
     def decode(self, z: Tensor, images: Sequence[int] | None = None) -> Tensor:

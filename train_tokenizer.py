@@ -92,7 +92,7 @@ PRESETS = {
     "gae-demo": DEMO | GAE_NOISE | dict(model="gae-demo", semantic_weight=0.1),
     "gae-d32": GAE,                                               # 200 epochs
     "gae-d64": GAE | dict(model="gae-d64"),
-    "dgae-demo": DEMO | dict(model="dgae-demo", lambda1=0.01, val_images=64),
+    "dgae-demo": DEMO | dict(model="dgae-demo", val_images=64),
     "dgae-b": DGAE | dict(model="dgae-b"),
     "dgae-m": DGAE | dict(model="dgae-m"),
     "dgae-l": DGAE | dict(model="dgae-l"),
@@ -347,7 +347,7 @@ def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
     L_rec over pixel values, and L_rec is the sum of so many `values`.
     """
     if other.constant:
-        return loss.new_tensor(other.weight * values)
+        return loss.new_full((), other.weight * values)
     pulls = [torch.autograd.grad(a, other.layer, retain_graph=True)[0]
              for a in (rec, loss)]
     pulls = [runtime.all_reduce_mean(pull) for pull in pulls]

@@ -14,7 +14,6 @@ done is not done again, and a run that was stopped goes on.
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import time
@@ -46,8 +45,8 @@ class Arm:
 ARMS = {
     "GAE, dynamic noise C = 0.2": Arm("gae", "--preset gae-demo", True),
     "GAE, VE": Arm("gae", "--preset gae-demo --loss ve --lambda2 0 --lambda1 0.003", True),
-    "DGAE, VE": Arm("dgae", "--preset dgae-demo --lambda1 1e-3", True, (1, 4, 10, 20, 50)),
-    "one step, VE": Arm("dgae", "--preset dgae-demo --model demo --lambda1 1e-3", True),
+    "DGAE, VE": Arm("dgae", "--preset dgae-demo", True, (1, 4, 10, 20, 50)),
+    "one step, VE": Arm("dgae", "--preset dgae-demo --model demo", True),
     "GAE, C = 0.05": Arm("noise", "--preset gae-demo --sigma 0.05"),
     "GAE, C = 0.1": Arm("noise", "--preset gae-demo --sigma 0.1"),
     "GAE, C = 0.4": Arm("noise", "--preset gae-demo --sigma 0.4"),
@@ -213,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     if not results:
         raise InputError(f"{args.out} has no finished arm yet: leave out --redraw")
     draw(results, args.results.with_suffix(".png"))
-    print(table(json.loads(json.dumps(results))))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -363,7 +363,7 @@ PRESETS = {
                                  teacher="my_teacher:target16"),
     "gae-d32": GAE | dict(model="gae-d32", teacher="my_teacher:target"),
     "gae-d64": GAE | dict(model="gae-d64", teacher="my_teacher:target64"),
-    "dgae-demo": dict(model="dgae-demo", lambda1=0.01, lr=3e-3, warmup=2, cooldown=0.8)} | {
+    "dgae-demo": dict(model="dgae-demo", lambda1=1e-3, lr=3e-3, warmup=2, cooldown=0.8)} | {
     f"dgae-{size}": DGAE | dict(model=f"dgae-{size}") for size in "bml"}
 
 
