@@ -232,6 +232,7 @@ def linear_probe(rows: Tensor, y: Tensor, test: Tensor, test_y: Tensor, seed: in
 
     Its training is that of GAE (appendix I): SGD with a constant rate, without
     momentum and weight decay.  Rows are first divided by their common deviation.
+    The probe of latents.py, which is not compared with GAE's, is fitted to the end.
     """
     mean, std = rows.mean(0), rows.std()
     rows, test = (rows - mean) / std, (test - mean) / std

@@ -6,7 +6,7 @@ weak KL term a tokenizer reconstructs a tree almost perfectly, and yet generates
 worse than with the Variance Expansion loss (VE).  Figure 3 shows why: with the exact
 flow in the place of the learned one KL is the better of the two.
 
-    python toy2d.py                      # 80 seconds on two cores
+    python toy2d.py                      # 70 seconds on two cores
     python toy2d.py --seeds 0 1 2 3 4    # mean and deviation over five seeds
     python toy2d.py --preset paper       # the sizes of supplement C, for a GPU
     python toy2d.py --smoke              # every line of it, in seconds
