@@ -409,7 +409,12 @@ def start(device: str = "auto") -> Runtime:
     if kind == "cuda":
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True   # all steps have the same shapes
     if world > 1 and not dist.is_initialized():
+        # It takes the group that it finds for a default of its functions.  DDP imports
+        # it, and would so keep the group's threads alive until they abort the exit.
+        from torch.distributed import nn as _  # noqa: F401
+
         # The wait for the others is not Python's, and no handler of Python's would run.
         with signals.unhandled():
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")

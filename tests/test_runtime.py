@@ -605,10 +605,14 @@ def test_a_batch_in_parts_is_the_batch():
         assert_close(torch.cat(pieces), whole)
 
 
+def threads() -> set[str]:
+    """The names of this process's threads; none where there is no /proc."""
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+
 def two_processes(rank: int, folder: str) -> None:
-    where = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2)
-    rt = Runtime(CPU, rank, 2)
+    os.environ["RANK"] = str(rank)
+    rt = runtime.start("cpu")
     # Rank 0 has the rows 0, 1, 2 and rank 1 has 10, 11.
     rows = torch.arange(3 - rank).float()[:, None] + 10 * rank
     gathered = runtime.gather_rows(rows, rt)
@@ -643,22 +647,30 @@ def two_processes(rank: int, folder: str) -> None:
         runtime.check_same_on_all_ranks(model)
     except RuntimeError:
         drift = "noticed"
-    torch.save((gathered, total, mean, gradients, stops, refused, drift), f"{folder}/{rank}.pt")
-    # A stage's DDP is gone when its main has returned, and then the group goes.
-    # Left alive, it would now and then abort the process at its very end.
+    # A stage's DDP is gone when its main has returned, and then the group goes, with
+    # its threads.  Left alive, they now and then abort the process at its very end.
     del wrapped
     runtime.barrier()
     runtime.finish()
+    left = sum("gloo" in name for name in threads())
+    torch.save((gathered, total, mean, gradients, stops, left, refused, drift),
+               f"{folder}/{rank}.pt")
 
 
-def test_gather_reduce_accumulate_and_drift_with_two_processes(tmp_path):
+def test_gather_reduce_accumulate_and_drift_with_two_processes(tmp_path, monkeypatch):
+    # A store at a free port, as torchrun's agent has one.
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port,
+                        "WORLD_SIZE": 2, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
     torch.multiprocessing.spawn(two_processes, (str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for gathered, total, mean, gradients, stops, _, _ in results:
+    for gathered, total, mean, gradients, stops, left, _, _ in results:
+        assert left == 0
         assert stops == (True, signal.SIGTERM)
         assert gathered.flatten().tolist() == [0, 1, 2, 10, 11]
         assert total.item() == 3 and mean.item() == 1.5 and gradients[1] == 1.5
-    assert [gradients[0] for *_, gradients, _, _, _ in results] == [0, 1]     # not averaged yet
+    assert [gradients[0] for *_, gradients, _, _, _, _ in results] == [0, 1]     # not averaged yet
     assert [refused for *_, refused, _ in results] == ["InputError", "SystemExit"]
     assert results[1][-1] == "noticed"
 
