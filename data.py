@@ -59,12 +59,12 @@ def to_uint8(x: Tensor) -> Tensor:
     if not x.sum().isfinite():   # 60 times as fast as to look at every number
         raise InputError("an image holds NaN or infinity: use --precision fp32, or "
                          "train its network again")
-    return (127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)
+    return (x + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def from_uint8(pixels: Tensor) -> Tensor:
     """pixels / 127.5 - 1, which `to_uint8` undoes exactly."""
-    return pixels.float().div(127.5).sub(1)
+    return pixels.float().div_(127.5).sub_(1)
 
 
 def save_rows(path: str | Path, rows: dict[str, Any]) -> None:
@@ -147,11 +147,13 @@ class Pictures:
         return torch.from_numpy(self.targets[indices])
 
     def read(self, indices: ndarray, places: ndarray) -> list[Tensor | None]:
+        if self.pixels is not None and self.pixels.shape[1:3] == (self.size, self.size):
+            return [*torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2)]
         images = []
         for index, place in zip(indices, places, strict=True):
             try:
                 pixels = np.array(adm_crop(self.open_image(index), self.size, place))
-                images.append(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+                images.append(torch.from_numpy(pixels).permute(2, 0, 1))
             except Exception:   # Pillow raises anything from MemoryError to SyntaxError
                 images.append(None)
         return images
@@ -193,7 +195,8 @@ class Folder(Pictures):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise InputError(f"{self.name_of(index)} does not say what white is")
-            return image.convert("RGB")
+            image.load()   # which convert() also does, but it always makes a copy
+            return image if image.mode == "RGB" else image.convert("RGB")
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.folder, os.fsdecode(self.files[index]))
@@ -393,8 +396,8 @@ def batches(dataset: Dataset, batch: int, seed: int = 0, start: int = 0,
             device: Device = "cpu") -> Iterator[dict]:
     """Endless batches from number `start` on, of `batch` images on all ranks.
 
-    Yields x [b, 3, s, s] in [-1, 1] and y [b] on `device`, index [b], pixels (x as
-    uint8), and skipped, the names of images that cannot be read.  These are left
+    Yields x [b, 3, s, s] in [-1, 1], pixels (x as uint8) and y [b] on `device`,
+    index [b], and skipped, the names of images that cannot be read.  These are left
     out, so that b may be less than batch / world.
     augment: crop at random, and mirror one half of the images.
     """
@@ -404,15 +407,16 @@ def batches(dataset: Dataset, batch: int, seed: int = 0, start: int = 0,
 
 def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1,
          workers: int = 0, limit: int | None = None,
-         device: Device = "cpu") -> Iterator[dict]:
+         device: Device = "cpu", x: bool = True) -> Iterator[dict]:
     """Every image once over all ranks, cropped at the centre; else as `batches`.
 
     limit: only so many images, spread evenly over the data set.
+    x: without it there are only pixels, which cost less.
     """
     n = len(dataset)
     count = min(limit or n, n)
     mine = (np.arange(count) * n // count)[rank::world]
-    return load(Reader(dataset), in_batches(mine, batch), workers, device)
+    return load(Reader(dataset), in_batches(mine, batch), workers, device, x)
 
 
 def in_batches(indices, batch):
@@ -443,18 +447,17 @@ class Reader:
         places = u[:, :2] if self.augment else [CENTRE] * len(u)
         images = self.dataset.read(indices, places)
         kept = np.array([image is not None for image in images])
-        size = self.dataset.size
-        blank = torch.zeros(3, size, size, dtype=torch.uint8)
-        pixels = torch.stack([blank if image is None else image for image in images])
+        images = [image for image in images if image is not None]
+        pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
         if self.augment:
-            flipped = torch.from_numpy(u[:, 2] < 0.5)
+            flipped = torch.from_numpy(u[kept, 2] < 0.5)
             pixels[flipped] = pixels[flipped].flip(3)
-        return {"pixels": pixels[kept], "y": self.dataset.labels(indices[kept]),
+        return {"pixels": pixels, "y": self.dataset.labels(indices[kept]),
                 "index": torch.from_numpy(indices[kept]),
                 "skipped": [self.dataset.name_of(index) for index in indices[~kept]]}
 
 
-def load(reader, plan, workers, device):
+def load(reader, plan, workers, device, x=True):
     """Read in other processes, if there are any; what travels is bytes."""
     parts = map(reader.__getitem__, plan)
     if workers > 0:
@@ -472,7 +475,7 @@ def load(reader, plan, workers, device):
                 raise InputError(f"{part['skipped'][0]} cannot be read, nor can any other "
                                  "image of its batch: remove them, or mend the disk")
             pixels, y = (part[key].to(device, non_blocking=True) for key in ("pixels", "y"))
-            yield part | {"x": from_uint8(pixels), "y": y}
+            yield part | {"pixels": pixels, "y": y} | ({"x": from_uint8(pixels)} if x else {})
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise

@@ -328,6 +328,16 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     add("--smoke", action="store_true", help="a few steps of everything, in seconds")
 
 
+def add_card_flags(parser: argparse._ActionsContainer) -> None:
+    """What a step takes of a card: these flags change its time and its memory."""
+    add, either = parser.add_argument, argparse.BooleanOptionalAction
+    add("--accumulate", type=positive_int,
+        help="parts of a step's batch; default: as few as fit a CUDA card, and 1 elsewhere")
+    add("--recompute", action=either, help="less memory, more time; default: "
+        "where a CUDA card cannot hold one image without")
+    add("--compile", action=either, help="torch.compile the networks; default: on CUDA")
+
+
 def steps_of(epochs: float, images: int, batch: int) -> int:
     """The number of steps in which each image is seen `epochs` times."""
     return math.ceil(epochs * images / batch)
@@ -382,6 +392,23 @@ class Runtime:
         if precision == "bf16" or (precision == "auto" and self.device.type == "cuda"):
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    def compile(self, chosen: bool | None, *modules: nn.Module) -> bool:
+        """torch.compile the modules, if that is chosen, or left open on CUDA.
+
+        Blocks that differ only in their weights share one graph.  Modules of other
+        shapes that share their code would stop at eight graphs, and run as they are.
+        """
+        if chosen is None:
+            chosen = self.device.type == "cuda"
+        if chosen:
+            import torch._dynamo   # here, because it takes seconds
+            torch._dynamo.config.recompile_limit = 64
+            # Two gradients of one graph are taken where losses are balanced.
+            torch._functorch.config.donated_buffer = False
+        for module in modules if chosen else ():
+            module.compile(dynamic=False)
+        return chosen
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """DDP if there are several processes.  All our buffers are constants."""
@@ -490,6 +517,41 @@ def micro_batches(module: nn.Module | list[nn.Module], count: int,
                 if n < len(parts) and isinstance(m, DistributedDataParallel):
                     stack.enter_context(m.no_sync())
             yield part
+
+
+# To what a step keeps comes what the allocator loses between tensors, and what CUDA,
+# cuDNN and NCCL keep for themselves.
+LOST, OTHERS = 1.1, 2 * 2**30
+
+
+def fit(runtime: Runtime, images: int, kept: tuple[float, float], parameters: int,
+        accumulate: int | None, recompute: bool | None) -> tuple[int, bool]:
+    """In how many parts a step takes its images, and whether it recomputes.
+
+    As few parts as a CUDA card has memory for; and it recomputes only if one image
+    at a time would be too much.  What is given stays.
+
+    kept: bytes that the forward pass keeps of an image, without and with recomputing.
+    parameters: of the network on the card, which is all that is there as yet.
+    """
+    if runtime.device.type != "cuda":
+        return accumulate or 1, bool(recompute)
+    torch.cuda.empty_cache()
+    free = torch.tensor(torch.cuda.mem_get_info(runtime.device)[0])
+    if dist.is_initialized():
+        dist.all_reduce(free, dist.ReduceOp.MIN)
+    # A gradient, two numbers of AdamW, and the average; and the weight in bfloat16.
+    room = float(free - OTHERS) / LOST - (4 + 8 + 4 + 2) * parameters
+    ways = [(parts, again)
+            for again in ([False, True] if recompute is None else [recompute])
+            for parts in ([accumulate] if accumulate else range(1, images + 1))
+            if images % parts == 0]
+    fitting = [way for way in ways if images // way[0] * kept[way[1]] <= room]
+    parts, again = (fitting or ways[-1:])[0]
+    runtime.print(f"memory: {images // parts} of {images} images at a time need "
+                  f"{images // parts * kept[again] / 2**30:.1f} GiB of {room / 2**30:.1f}"
+                  + ", with --recompute" * again)
+    return parts, again
 
 
 # ------------------------------------------------------------------------------

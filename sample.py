@@ -85,6 +85,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--guide", type=Path, help="a weaker DiT to guide by, as in RAE")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile the transformer; default: on CUDA")
     add("--smoke", action="store_true", help="a few images in a few steps")
     args = p.parse(argv, PRESETS, SMOKE)
     if args.guide and args.guidance == 1:
@@ -185,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     runtime.claim(rt, args.out, args.out / "samples.npz")
     net = Networks(args.dit, args.tokenizer, args.latent_stats, args.guide,
                    args.decode_steps, rt.device)
+    for dit in filter(None, [net.dit, net.guide]):
+        rt.compile(args.compile, *dit.blocks)
     classes = net.find(args.classes)
     order = torch.arange(args.count) % len(classes)
     if args.labels == "random":
@@ -194,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # What decides what the images are.
     settings = runtime.plain(args) | {"device": rt.device.type, "sha256": net.sha256}
-    paths = "dit", "tokenizer", "latent_stats", "guide", "out"  # hashes stand for files
-    decisive = {k: v for k, v in settings.items() if k not in paths}
+    others = "dit", "tokenizer", "latent_stats", "guide", "out", "compile"  # hashes stand for files
+    decisive = {k: v for k, v in settings.items() if k not in others}
     decisive["sha256"] = [*net.sha256.values()]
     digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     npz, facts = args.out / "samples.npz", args.out / "samples.json"

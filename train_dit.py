@@ -1,7 +1,7 @@
 """Stage 2: train a transformer on a tokenizer's latents by flow matching, Eq. 4.
 
     laptop      python train_dit.py
-    one GPU     python train_dit.py --preset dit-b --data DIR --accumulate 8
+    one GPU     python train_dit.py --preset dit-b --data DIR
     eight GPUs  torchrun --nproc_per_node=8 train_dit.py --preset dit-b --data DIR
 
 The tokenizer encodes every image once, into --cache, and each step draws new
@@ -52,6 +52,9 @@ PRESETS = {
         model="XL", optimizer="muon", steps=530 * 1668, batch=768, lr=1.8e-4),
     "gae": BASE | dict(model="XL", shift=0.7, latent="mean"),
 }
+# Bytes that a training keeps of each token, in each block, for each unit of width, and
+# those with --recompute.  studies/costs.py counts them.
+KEPT = {"lightningdit": (60, 10), "sit": (55, 10)}
 SMOKE = dict(
     steps=4, batch=4, warmup=1, log_every=1, save_every=2, grid_steps=1, shapes=64,
     workers=0, tokenizer=Path("runs/smoke/tokenizer/checkpoint.pt"),
@@ -84,7 +87,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="muon is for the blocks, with AdamW for the rest")
     add("--steps", type=count, help="optimiser steps in all")
     add("--batch", type=count, help="images per step, over all processes")
-    add("--accumulate", type=count, default=1, help="parts of a step's batch")
     add("--lr", type=positive, help="learning rate of both optimisers")
     add("--betas", type=fraction, nargs=2, default=[0.9, 0.95],
         help="of AdamW; the paper prints 0.95 0.999")
@@ -96,8 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="below 1 towards the noise; RAE: sqrt(4096 / C h w)")
     add("--cosine-weight", type=non_negative, default=1.0, help="0 leaves Eq. 4")
     add("--label-dropout", type=fraction, default=0.1, help="share without a label")
-    add("--recompute", action="store_true", help="less memory, more time")
-    add("--compile", action="store_true", help="torch.compile the blocks")
+    runtime.add_card_flags(p)
     runtime.add_running_flags(p)
     return p.parse(argv, PRESETS, SMOKE)
 
@@ -173,6 +174,14 @@ def build(row: str, init: Path | None, latents: data.LatentSet) -> models.DiT:
     return dit
 
 
+def kept_by(config: dict, precision: str) -> tuple[float, float]:
+    """Bytes that a step keeps of an image, without and with recomputing the blocks."""
+    tokens = (config["input_size"] // config["patch"]) ** 2
+    units = tokens * config["depth"] * config["width"] * (2 if precision == "fp32" else 1)
+    without, recomputed = KEPT[config["family"]]
+    return units * without, units * recomputed
+
+
 # ------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024) takes the matrices of attention and MLP.  With
 # "match_rms_adamw" its steps are as large as AdamW's, so that one rate fits both.
@@ -242,9 +251,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
-    if args.batch % (rt.world * args.accumulate):
+    parts = args.accumulate or 1
+    if args.batch % (rt.world * parts):
         raise InputError(f"--batch {args.batch} must be a multiple of {rt.world} "
-                         f"process(es) x --accumulate {args.accumulate}")
+                         f"process(es) x --accumulate {parts}")
 
     # What is learned: the latents of a frozen tokenizer.
     tokenizer, origin = checkpoints.load_tokenizer(args.tokenizer)
@@ -267,15 +277,17 @@ def main(argv: list[str] | None = None) -> None:
     # The network that learns them, new or as the checkpoint has it.
     torch.manual_seed(args.seed)  # the same initial weights in every process
     dit = build(args.model, args.init, latents).to(rt.device)
+    numbers = sum(p.numel() for p in dit.parameters())
+    args.accumulate, args.recompute = runtime.fit(
+        rt, args.batch // rt.world, kept_by(dit.config, args.precision), numbers,
+        args.accumulate, args.recompute)
     dit.recompute = args.recompute
     learner = Learner(dit, args.optimizer, args.lr, args.betas, args.ema, args.ramp)
+    args.compile = rt.compile(args.compile, *dit.blocks)
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {  # by content, not by name
         "tokenizer": sha256, "data_sha256": latents.sha256}
     done = learner.resume(checkpoint, config, rt.is_main)
-    if args.compile:
-        for block in dit.blocks:
-            block.compile()
     network = rt.wrap(dit)
 
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)

@@ -35,12 +35,11 @@ from runtime import InputError
 
 # ------------------------------------------------------------------------------
 # What is assumed.  An H100 does 989e12 FLOP a second in bf16, and a training
-# reaches a share of that.  To the memory that is counted comes what the allocator
-# loses between tensors, and what CUDA, cuDNN and NCCL keep for themselves.
+# reaches a share of that.  A card of 80 GB has 79 GiB.
 
 H100, TRANSFORMER, CONVOLUTION = 989e12, 0.40, 0.25
 GIB = 2**30
-LOST, OTHERS, CARD = 1.1, 2 * GIB, 79 * GIB   # a card of 80 GB has 79 GiB
+CARD = 79 * GIB
 GPUS = dict.fromkeys(["demo", "small", "photos", "photos-64", "photos-128", "photos-256",
                       "gae-demo", "dgae-demo"], 1) | {"lightningdit-xl-sota": 4}   # others: 8
 # The preset whose latents a transformer learns, and the number of their classes.
@@ -255,19 +254,13 @@ def count_step(stage: Any, args: argparse.Namespace, images: int) -> dict[str, i
 
 def needed(step: dict[str, int]) -> float:
     """Bytes of a GPU's memory."""
-    return LOST * step["most"] + OTHERS
+    return runtime.LOST * step["most"] + runtime.OTHERS
 
 
-def what_fits(stage: Any, args: argparse.Namespace, images: int) -> list[str]:
-    """The flags that make a row fit: accumulation alone, and with recomputing."""
-    found = []
-    for args.recompute in (False, True):
-        parts = 1
-        while needed(count_step(stage, args, images // parts)) > CARD and images % (2 * parts) == 0:
-            parts *= 2
-        flags = [f"--accumulate {parts}"] * (parts > 1) + ["--recompute"] * args.recompute
-        found.append(" ".join(flags))
-    return found
+def parts_that_fit(stage: Any, args: argparse.Namespace, images: int) -> int:
+    """In how few parts a step fits the card, as runtime.fit finds it from its table."""
+    return next(parts for parts in range(1, images + 1) if images % parts == 0
+                and needed(count_step(stage, args, images // parts)) <= CARD)
 
 
 def cost(stage: Any, preset: str, gpus: int | None = None) -> dict[str, Any]:
@@ -278,7 +271,6 @@ def cost(stage: Any, preset: str, gpus: int | None = None) -> dict[str, Any]:
     step = count_step(stage, args, images)
     products = step["flop"] - step["convolution_flop"] + step["muon_flop"]
     seconds = step["convolution_flop"] / CONVOLUTION / H100 + products / TRANSFORMER / H100
-    fits = needed(step) <= CARD
     return {
         "stage": stage.__name__, "preset": preset, "gpus": gpus, "images_per_gpu": images,
         "parameters": step["parameters"], "frozen_parameters": step["frozen_parameters"],
@@ -287,8 +279,7 @@ def cost(stage: Any, preset: str, gpus: int | None = None) -> dict[str, Any]:
         "kept_mib_per_image": step["kept"] / images / 2**20,
         "gib": {name: step[name] / GIB for name in (
             "weights", "gradients", "optimiser", "average", "kept", "most")},
-        "gib_per_gpu": needed(step) / GIB, "fits": fits,
-        "flags_to_fit": [] if fits else what_fits(stage, args, images),
+        "gib_per_gpu": needed(step) / GIB, "parts": parts_that_fit(stage, args, images),
         "hours": args.steps * seconds / 3600}
 
 
@@ -309,8 +300,7 @@ def cells(c: dict[str, Any]) -> dict[str, str]:
         "FLOP in all": f"{c['flop']:.1e}".replace("e+", "e"),
         "kept per image [MiB]": digits(c["kept_mib_per_image"]),
         "memory per GPU [GiB]": f"{c['gib_per_gpu']:.0f}",
-        "fits 80 GB": "yes" if c["fits"] else "with " + ", or with ".join(
-            f"`{flags}`" for flags in c["flags_to_fit"]),
+        "fits 80 GB": "yes" if c["parts"] == 1 else f"in {c['parts']} parts",
         "hours": digits(c["hours"]) if c["hours"] > 0.01 else "0"}
 
 
@@ -339,8 +329,8 @@ def main(argv: list[str] | None = None) -> None:
         "command": "python -m studies.costs", "versions": runtime.versions(),
         "date": time.strftime("%Y-%m-%d"), "assumed": {
             "flop_per_second": H100, "share_in_transformers": TRANSFORMER,
-            "share_in_convolutions": CONVOLUTION, "memory_factor": LOST,
-            "memory_of_others_gib": OTHERS / GIB, "memory_of_a_card_gib": CARD / GIB},
+            "share_in_convolutions": CONVOLUTION, "memory_factor": runtime.LOST,
+            "memory_of_others_gib": runtime.OTHERS / GIB, "memory_of_a_card_gib": CARD / GIB},
         "presets": costs})
     print(f"wrote {args.out}")
 

@@ -236,18 +236,54 @@ def test_hours_follow_from_both_rates(tiny_dit, monkeypatch):
     assert row["flop"] == 3300 * 2 * step["flop"]
     assert row["gflop_per_image"] == pytest.approx(step["flop"] / 16e9)
     assert row["gib_per_gpu"] == pytest.approx(1.1 * step["most"] / 2**30 + 2)
-    assert (row["images_per_gpu"], row["fits"], row["flags_to_fit"]) == (16, True, [])
+    assert (row["images_per_gpu"], row["parts"]) == (16, 1)
 
 
-def test_a_row_that_does_not_fit_says_what_would(tiny_dit, monkeypatch):
-    """Of four blocks, on a card with room for 16 of 32 images, or for all of them with
-    --recompute."""
-    monkeypatch.setitem(models.DITS["shapes"], "depth", 4)
-    monkeypatch.setattr(costs, "CARD", costs.needed(costs.count_step(train_dit, tiny_dit, 16)))
+def test_a_row_that_does_not_fit_says_in_how_many_parts_it_does(tiny_dit, monkeypatch):
+    """On a card with room for 8 of 32 images."""
+    monkeypatch.setattr(costs, "CARD", costs.needed(costs.count_step(train_dit, tiny_dit, 8)))
     row = costs.cost(train_dit, "demo")
-    assert not row["fits"]
-    assert row["flags_to_fit"] == ["--accumulate 2", "--recompute"]
-    assert costs.cells(row)["fits 80 GB"] == "with `--accumulate 2`, or with `--recompute`"
+    assert row["parts"] == 4
+    assert costs.cells(row)["fits 80 GB"] == "in 4 parts"
+
+
+# ------------------------------------------------------------------------------
+# The tables by which a training chooses its parts hold what is counted here.
+
+
+def grows(stage, args, images):
+    """Bytes that an image adds to the worst moment of a step."""
+    few, many = (costs.count_step(stage, args, n)["most"] for n in (images, 2 * images))
+    return (many - few) / images
+
+
+@pytest.mark.parametrize("preset", ["photos", "dit-b", "lightningdit-xl-sota"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_transformer_keeps_what_the_table_says(preset, recompute):
+    args = train_dit.parse(["--preset", preset])
+    args.recompute = recompute
+    side = 16 if preset != "photos" else 256 // 16
+    config = models.DITS[args.model] | dict(input_size=side)
+    table = train_dit.kept_by(config, "bf16")[recompute]
+    counted = grows(train_dit, args, 32)
+    assert counted <= table and (recompute or table < 1.05 * counted)
+
+
+@pytest.mark.parametrize("stage, preset, images", [
+    (train_dit, "lightningdit-xl-sota", 192), (train_dit, "photos", 128)])
+def test_a_step_in_the_chosen_parts_fits(monkeypatch, stage, preset, images):
+    """On 79 GiB and on 23, of which the driver has taken a half."""
+    args = stage.parse(["--preset", preset])
+    config = models.DITS[args.model] | dict(input_size=16)
+    numbers = costs.count_step(stage, args, 1)["parameters"]
+    card = runtime.Runtime(torch.device("cuda"))
+    for gib in (79, 23):
+        free = int((gib - 0.5) * 2**30) - 4 * numbers
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 0))
+        parts, again = runtime.fit(card, images, train_dit.kept_by(config, "bf16"), numbers,
+                                   None, None)
+        assert costs.needed(costs.count_step(stage, args, images // parts)) <= gib * 2**30
+        assert not again and parts <= {79: 2, 23: 16}[gib]
 
 
 def test_the_paper_s_transformer_costs_what_is_published():

@@ -57,10 +57,34 @@ def test_the_table_has_mean_and_deviation_over_seeds(tmp_path):
         leave(tmp_path / str(seed), psnr, arm.decode_steps)
     found = {"DGAE, VE": {str(s): neighbours.numbers_of(arm, tmp_path / str(s)) for s in (1, 2)}}
     line = neighbours.table(found).splitlines()[2]
-    assert line.startswith("| DGAE, VE | 2 | 0.25 ± 0 | 21 ± 1 | 0.5 ± 0 | 2 ± 0 |")
+    assert line.startswith("| DGAE, VE | 2 | 0.25 ± 0 | 0.5 ± 0 | 21 ± 1 | 20.5 ± 1 | 0.5 ± 0 | 2 ± 0 |")
     assert [*found["DGAE, VE"]["1"]["decode_steps"]] == [1, 4, 10, 20, 50]
     neighbours.draw(json.loads(json.dumps(found)), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_dynamic_noise_is_that_of_the_command(tmp_path):
+    """C = 0.2 is a deviation of 0.25, and the latent's spread is 2."""
+    leave(tmp_path / "1", 20.0)
+    (tmp_path / "1/tokenizer/log.jsonl").write_text(
+        '{"config": {"sigma": 0.2}}\n{"step": 2, "held_out": {"spread": 2.0}}\n')
+    found = neighbours.numbers_of(neighbours.ARMS["GAE, C = 0.1"], tmp_path / "1")
+    assert found["sigma2"] == pytest.approx(0.0625)
+    assert found["noise / spread"] == pytest.approx(0.125)
+
+
+def test_differences_are_paired_by_seed():
+    """Differences of 1, 2, 3: a mean of 2, and an interval of 4.303 / sqrt 3 = 2.48."""
+    a, b = neighbours.PAIRS[0]
+    rows = {a: {"1": 11.0, "2": 22.0, "3": 33.0, "4": 0.0}, b: {"3": 30.0, "2": 20.0, "1": 10.0}}
+    results = {name: {seed: {"PSNR": value} for seed, value in column.items()}
+               for name, column in rows.items()}
+    assert neighbours.difference(results, a, b, "PSNR") == "PSNR: +2 ± 2.5"
+    keys = dict.fromkeys(("PSNR under 0.5", "recognised", "rFD-Shapes"), 0.0)
+    for row in [row for column in results.values() for row in column.values()]:
+        row |= keys | {"generation": {"recognised": row["PSNR"], "FD-Shapes": 1.0}}
+    said, = neighbours.differences(results).splitlines()
+    assert said.endswith("generated recognised: +2 ± 2.5; generated FD-Shapes: +0 ± 0")
 
 
 def test_without_a_finished_arm_there_is_one_line(tmp_path, capsys):

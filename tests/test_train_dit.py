@@ -384,7 +384,7 @@ def test_the_picture_shows_samples_of_the_average(home, tmp_path, lively, monkey
 def test_flags_that_change_no_number(home, tmp_path, lively, monkeypatch):
     seen, forward, loader = [], models.DiT.forward, torch.utils.data.DataLoader
     usual = three_steps(home / "learned.pt", tmp_path / "usual")
-    monkeypatch.setattr(models.Block, "compile", lambda block: seen.append("compiled"))
+    monkeypatch.setattr(models.Block, "compile", lambda block, dynamic: seen.append("compiled"))
     monkeypatch.setattr(models.DiT, "forward", lambda dit, *inputs: (
         seen.append("recompute" if dit.recompute else "keep") or forward(dit, *inputs)))
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *inputs, num_workers, **more: (
