@@ -2,6 +2,7 @@
 
     python -m studies.neighbours                      # train what is missing, then the table
     python -m studies.neighbours --only gae --seeds 0
+    python -m studies.neighbours --data cifar10_subset --out runs/neighbours-cifar
     python -m studies.neighbours --redraw             # the table and figure of what is there
 
 1. On GAE's normalised latent: variance that is learned by Eq. 9, against dynamic noise.
@@ -9,8 +10,8 @@
 3. GAE's noise C, against the reconstruction from a noised latent (its Figure 4).
 
 An arm is a tokenizer with its settings, and a seed.  Each is trained and scored by the
-stages themselves, one after the other on one thread, on the built-in shapes.  What is
-done is not done again, and a run that was stopped goes on.
+stages themselves, one after the other on one thread.  What is done is not done again,
+and a run that was stopped goes on.
 """
 
 import argparse
@@ -61,13 +62,15 @@ ARMS = {
 PAIRS = [("GAE, VE", "GAE, dynamic noise C = 0.2"),
          ("DGAE, VE", "one step, VE of like sigma^2"),
          ("DGAE, VE", "one step, VE of like noise / spread")]
+WAYS = [("PSNR",), ("PSNR under 0.5",), ("recognised",), ("rFD",),
+        ("generation", "recognised"), ("generation", "FD")]
 # The presets' own steps for tokenizers, in which the rate falls to 0, so that every
 # run ends flat; and about half of the demo's for transformers.
 TOKENIZER, DIT = "--precision bf16", "--precision bf16 --steps 1500"
 
 
-def commands(arm: Arm, seed: int, folder: Path, teacher: Path, count: int, generate: bool,
-             smoke: bool) -> dict[Path, str]:
+def commands(arm: Arm, seed: int, folder: Path, teacher: Path, data: str, count: int,
+             generate: bool, smoke: bool) -> dict[Path, str]:
     """What each file is made by, in order.  count: of the images in a score."""
     seeded = f"--seed {seed} --workers 0"
     first, second, probe = (f"{seeded} --smoke",) * 2 + ("40",) if smoke else (
@@ -75,14 +78,17 @@ def commands(arm: Arm, seed: int, folder: Path, teacher: Path, count: int, gener
     tokenizer, made, teach = folder / "tokenizer/checkpoint.pt", {}, ""
     if arm.question != "dgae":
         shown = f"{seeded} --smoke" if smoke else seeded
-        made[teacher] = f"train_teacher.py {shown} --out {teacher.parent}"
+        if data != "shapes":   # whose judge knows nothing of photographs
+            shown += " --features efficientnet-lite0"
+        made[teacher] = f"train_teacher.py {shown} --data {data} --out {teacher.parent}"
         teach = f"--teacher {teacher}"
-    made[tokenizer] = f"train_tokenizer.py {first} {arm.tokenizer} {teach} --out {tokenizer.parent}"
+    made[tokenizer] = (f"train_tokenizer.py {first} --data {data} {arm.tokenizer} {teach} "
+                       f"--out {tokenizer.parent}")
     score = f"evaluate.py --tokenizer {tokenizer} --limit {count} --workers 0 --out {folder}"
     made[folder / "scores/results.json"] = f"{score}/scores --noise 0.2 0.5 --probe {probe}"
     if arm.decode_steps:
         made[folder / "scores/results.json"] += " --decode-steps 10"
-    for steps in arm.decode_steps:   # of fewer images, because 50 steps of a U-Net take time
+    for steps in arm.decode_steps if data == "shapes" else ():   # of fewer images, because 50 steps of a U-Net take time
         made[folder / f"scores-{steps}/results.json"] = (
             f"{score}/scores-{steps} --noise --decode-steps {steps} --limit {count * 2 // 5}")
     if arm.generates and generate:
@@ -114,13 +120,15 @@ def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
     found |= row["metrics"] | {"curve": row["curve"]}
     found["PSNR under 0.5"] = next(p["PSNR"] for p in row["curve"]
                                    if p["noise"] == "absolute" and p["level"] == 0.5)
-    if arm.decode_steps:
+    found["rFD"] = next(v for k, v in row["metrics"].items() if k.startswith("rFD-"))
+    steps = [k for k in arm.decode_steps if (folder / f"scores-{k}/results.json").exists()]
+    if steps:
         found["decode_steps"] = {
-            steps: read_scores(folder / f"scores-{steps}/results.json")[0]["metrics"]
-            for steps in arm.decode_steps}
+            k: read_scores(folder / f"scores-{k}/results.json")[0]["metrics"] for k in steps}
     if (folder / "generation/results.json").exists():
         row = read_scores(folder / "generation/results.json")[-1]
-        found["generation"] = row["metrics"]
+        found["generation"] = row["metrics"] | {"FD": next(
+            v for k, v in row["metrics"].items() if k.startswith("FD-"))}
     return found
 
 
@@ -134,7 +142,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown, one row for each arm that has results."""
     columns = {"sigma^2": "sigma2", "noise / spread": "noise / spread", "PSNR": "PSNR",
                "PSNR under noise of 0.5": "PSNR under 0.5", "recognised": "recognised",
-               "rFD": "rFD-Shapes", "linear probe": "linear probe, flat"}
+               "rFD": "rFD", "linear probe": "linear probe, flat"}
     lines = ["| arm | seeds | " + " | ".join(columns) + " | generated: recognised | FD |",
              "|---" * (len(columns) + 4) + "|"]
     for name, seeds in results.items():
@@ -142,27 +150,30 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for key in columns.values():
             values = [row[key] for row in seeds.values() if key in row]
             cells.append(spread(values) if values else "")
-        for key in ("recognised", "FD-Shapes"):
-            values = [row["generation"][key] for row in seeds.values() if "generation" in row]
+        for key in ("recognised", "FD"):
+            values = [row["generation"][key] for row in seeds.values()
+                      if key in row.get("generation", {})]
             cells.append(spread(values) if values else "")
         lines.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def value(row: Any, *keys: str) -> Any:
+    """The number under these keys, or None."""
+    for key in keys:
+        row = (row or {}).get(key)
+    return row
+
+
 def difference(results: dict[str, dict[str, Any]], a: str, b: str, *keys: str) -> str:
     """Mean of a - b over the seeds that both have, and its interval of 95 % (Student's t)."""
-    def value(row: dict[str, Any]) -> float:
-        for key in keys:
-            row = row[key]
-        return row   # type: ignore[return-value]
-
-    pairs = [value(results[a][seed]) - value(results[b][seed]) for seed in results[a]
-             if seed in results[b]]
+    pairs = [value(results[a][seed], *keys) - value(results[b][seed], *keys)
+             for seed in results[a] if seed in results[b]]
     mean, half = statistics.mean(pairs), float("nan")
     if len(pairs) > 1:
         error = statistics.stdev(pairs) / len(pairs) ** 0.5
         half = error * scipy.stats.t.ppf(0.975, len(pairs) - 1)
-    return f"{keys[-1]}: {mean:+.3g} ± {half:.2g}"
+    return f"{' '.join(keys)}: {mean:+.3g} ± {half:.2g}"
 
 
 def differences(results: dict[str, dict[str, Any]]) -> str:
@@ -170,12 +181,9 @@ def differences(results: dict[str, dict[str, Any]]) -> str:
     lines = []
     for a, b in PAIRS:
         if results.get(a, {}).keys() & results.get(b, {}).keys():
-            ways: list[tuple[str, ...]] = [
-                (key,) for key in ("PSNR", "PSNR under 0.5", "recognised", "rFD-Shapes")]
-            if all("generation" in row for name in (a, b) for row in results[name].values()):
-                ways += [("generation", "recognised"), ("generation", "FD-Shapes")]
-            found = [difference(results, a, b, *way) for way in ways]
-            found[4:] = [f"generated {text}" for text in found[4:]]
+            found = [difference(results, a, b, *way) for way in WAYS if all(
+                value(row, *way) is not None for name in (a, b)
+                for row in results[name].values())]
             lines.append(f"{a}, minus {b}: " + "; ".join(found))
     return "\n".join(lines)
 
@@ -219,6 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--only", nargs="+", choices=["gae", "dgae", "noise"], default=["gae", "dgae", "noise"],
         help="the questions")
+    add("--data", default="shapes", help="shapes, cifar10, or a folder of class folders")
     add("--seeds", type=runtime.seed, nargs="+", default=[1, 2, 3], help="one run for each")
     add("--count", type=runtime.positive_int, default=500, help="images in each score")
     add("--out", type=Path, default=Path("runs/neighbours"), help="folder of the runs")
@@ -241,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             slug = "".join(c if c.isalnum() or c == "." else "-" for c in name)
             folder = args.out / f"{slug}/{seed}"
             made = commands(arm, seed, folder, args.out / f"teacher/{seed}/checkpoint.pt",
-                            args.count, args.generate, args.smoke)
+                            args.data, args.count, args.generate, args.smoke)
             scored = all(path.exists() for path in made if path.suffix == ".json")
             for path, command in made.items():
                 if args.redraw or scored or path.exists() and path.suffix == ".json":

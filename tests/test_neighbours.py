@@ -18,13 +18,13 @@ STAGES = {f"{stage.__name__}.py": stage for stage in (
     evaluate, sample, train_dit, train_teacher, train_tokenizer)}
 
 
-@pytest.mark.parametrize("smoke", [False, True])
-def test_every_command_is_one_that_a_stage_takes(tmp_path, monkeypatch, smoke):
+@pytest.mark.parametrize("smoke, data", [(False, "shapes"), (True, "shapes"), (False, "photos")])
+def test_every_command_is_one_that_a_stage_takes(tmp_path, monkeypatch, smoke, data):
     """A tokenizer is scored under the flags with which it was trained."""
     monkeypatch.setattr("runtime.regular", Path)   # the checkpoints are not there
     for name, arm in neighbours.ARMS.items():
         made = neighbours.commands(arm, 3, tmp_path / "arm", tmp_path / "teacher/checkpoint.pt",
-                                   500, True, smoke)
+                                   data, 500, True, smoke)
         ways = {path: shlex.split(command) for path, command in made.items()}
         parsed = {path: STAGES[words[0]].parse(words[1:]) for path, words in ways.items()}
         for path, args in parsed.items():
@@ -32,7 +32,8 @@ def test_every_command_is_one_that_a_stage_takes(tmp_path, monkeypatch, smoke):
             assert args.seed == (3 if "evaluate" not in made[path] else 0)
         steps = [args.decode_steps for args in parsed.values() if hasattr(args, "probe")
                  and args.decode_steps and not args.probe]
-        assert tuple(steps) == arm.decode_steps
+        assert tuple(steps) == (arm.decode_steps if data == "shapes" else ())
+        assert all(args.data == data for args in parsed.values() if "data" in args and args.data)
         assert ("generation" in {path.parent.name for path in made}) == arm.generates
         assert (tmp_path / "teacher/checkpoint.pt" in made) == (arm.question != "dgae")
 
@@ -80,11 +81,12 @@ def test_differences_are_paired_by_seed():
     results = {name: {seed: {"PSNR": value} for seed, value in column.items()}
                for name, column in rows.items()}
     assert neighbours.difference(results, a, b, "PSNR") == "PSNR: +2 ± 2.5"
-    keys = dict.fromkeys(("PSNR under 0.5", "recognised", "rFD-Shapes"), 0.0)
+    keys = dict.fromkeys(("PSNR under 0.5", "rFD"), 0.0)   # photographs have no judge
     for row in [row for column in results.values() for row in column.values()]:
-        row |= keys | {"generation": {"recognised": row["PSNR"], "FD-Shapes": 1.0}}
+        row |= keys | {"generation": {"recognised": row["PSNR"], "FD": 1.0}}
     said, = neighbours.differences(results).splitlines()
-    assert said.endswith("generated recognised: +2 ± 2.5; generated FD-Shapes: +0 ± 0")
+    assert said == (f"{a}, minus {b}: PSNR: +2 ± 2.5; PSNR under 0.5: +0 ± 0; rFD: +0 ± 0; "
+                    "generation recognised: +2 ± 2.5; generation FD: +0 ± 0")
 
 
 def test_without_a_finished_arm_there_is_one_line(tmp_path, capsys):
