@@ -115,7 +115,8 @@ def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
     if "sigma2" not in found:   # dynamic noise is not learned, and the log has its command only
         first = (folder / "tokenizer/log.jsonl").read_text().split("\n")[0]
         found["sigma2"] = (json.loads(first)["config"]["sigma"] / 0.8) ** 2
-    found["noise / spread"] = found["sigma2"] ** 0.5 / found["spread"]
+    found["noise / spread"] = held_out.get(   # of each channel, where the log has it
+        "relative_noise", found["sigma2"] ** 0.5 / found["spread"])
     row = read_scores(folder / "scores/results.json")[0]
     found |= row["metrics"] | {"curve": row["curve"]}
     found["PSNR under 0.5"] = next(p["PSNR"] for p in row["curve"]
