@@ -253,3 +253,56 @@ def cosine_distance(f_hat: Tensor, f: Tensor) -> Tensor:
     which is twice this.
     """
     return (1 - F.cosine_similarity(f_hat, f, dim=1)).mean()
+
+
+# ------------------------------------------------------------------------------
+# Regularisers of the latent, with which other papers make it easier to diffuse.
+# One is a loss.  The others change what the encoder sees or the decoder gets, and
+# leave the losses as they are.  REPA (Yu et al. 2024) is `cosine_distance`, of a
+# small network of z.
+
+
+def local_correlation(mean: Tensor) -> Tensor:
+    """rho of SSVAE (Liu et al. 2025): how alike neighbouring positions are.
+
+    The mean correlation, over channels, of the six pairs in each window of 2 x 2
+    positions.  LCR is max(0, 0.75 - rho) of means that are standardised, channel by
+    channel.  For unit vectors u the sum over pairs is (|sum of u|^2 - 4) / 2.
+
+    mean: [B, C, h, w] with C, h and w at least 2; an odd last row or column is left
+    out.  -> [], from -1/3 to 1.
+    """
+    u = F.normalize(mean - mean.mean(1, keepdim=True), dim=1, eps=1e-8)
+    together = 4 * F.avg_pool2d(u, 2)
+    return ((together.square().sum(1) - 4) / 12).mean()
+
+
+def moved(a: Tensor, side: int, turns: int) -> Tensor:
+    """EQ-VAE (Kouzelis et al. 2025): resize to side x side, and turn by quarters.
+
+    The decoder must make the moved image of the moved latent.  A penalty on the
+    distance of encode(moved x) and moved z itself would let the latent collapse.
+    a: [B, C, H, H] -> [B, C, side, side]
+    """
+    if side != a.shape[-1]:
+        a = F.interpolate(a, side, mode="bilinear")
+    return a.rot90(turns, (2, 3))
+
+
+def hide_positions(z: Tensor, token: Tensor, hidden: Tensor) -> Tensor:
+    """LMR of SSVAE: a learned token [C] in place of z where hidden [h, w] is true.
+
+    The decoder must make the whole image all the same.  z: [B, C, h, w]
+    """
+    return torch.where(hidden, token[:, None, None], z)
+
+
+def hide_patches(x: Tensor, hidden: Tensor) -> Tensor:
+    """Masking for a ViT (MAETok, DeTok): patches become grey, which is 0.
+
+    Its embedding has no bias, so that a grey patch is a token of its position alone.
+    The decoder must make the whole image all the same.
+    x: [B, 3, H, W], hidden: [B, h, w], true for the patches to hide.
+    """
+    wide = F.interpolate(hidden[:, None].float(), x.shape[2:]).bool()
+    return x.masked_fill(wide, 0.0)

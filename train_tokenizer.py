@@ -16,14 +16,15 @@ is summed over C, H, W and averaged over the batch.
     negative-variance   as ve, with -lambda1 sigma^2             Analyze 2
 
 Where the decoder is a diffusion model (DGAE), L_rec is the squared error of its
-velocity plus LPIPS.
+velocity plus LPIPS.  --regularizer adds what other papers do to make the latent
+easier to diffuse; see objectives.py.
 
 --out receives checkpoint.pt, log.jsonl and images/.  After a crash the same
 command goes on from the checkpoint, and ends with the same numbers.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,9 @@ from torch import Tensor, nn
 import checkpoints
 import data
 import flow
-import frozen
-import losses
 import metrics
 import models
+import objectives
 from losses import (exponential_magnitude, inverse_variance, kl_divergence, log_entropy,
                     negative_variance, square_magnitude)
 from runtime import InputError, Runtime
@@ -141,11 +141,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "relative to L_rec's mean over pixel values; 0 for none")
     add("--semantic-at", choices=["latent", "pre", "post"], default="latent",
         help="where it acts: the mean, the features before it, or a map of it")
-    add("--teacher", default="dinov2_vitl14", help="what these two learn from: this, "
+    add("--teacher", default="dinov2_vitl14", help="what these two and repa learn from: this, "
         "_vitb14, _vits14, a file of their weights, judge, efficientnet-lite0, "
         "module:function, or, for the latent of GAE, a file of train_teacher.py")
     add("--disc-mode", choices=["adaptive", "constant"], default="adaptive",
         help="constant: --disc-weight is relative to L_rec's mean over pixel values")
+
+    add("--regularizer", choices=objectives.REGULARIZERS, help="what else makes the "
+        "latent easier to diffuse, at its published strength; repa needs --teacher")
 
     add = p.add_argument_group("optimisation (AdamW)").add_argument
     add("--steps", type=count, help="optimiser steps in all")
@@ -157,201 +160,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the tokenizer")
     runtime.add_running_flags(p)
     return p.parse(argv, PRESETS, SMOKE)
-
-
-# ------------------------------------------------------------------------------
-# The reconstruction, and two more losses where they have a weight: VA-VAE's
-# alignment and VQGAN's adversary.  Each of these brings a network of its own,
-# which trains with the tokenizer.
-
-
-class Reconstruction:
-    """L_rec: the absolute error, plus LPIPS where it has a weight.
-
-    With the velocity v of a diffusion decoder, which predicts v_hat, the squared
-    error of the velocity takes the place of the absolute error.
-    """
-
-    def __init__(self, perceptual_weight: float, device: torch.device) -> None:
-        self.weight = perceptual_weight
-        if self.weight:
-            self.lpips = frozen.load_lpips().to(device)
-
-    def __call__(self, x_hat: Tensor, x: Tensor, v_hat: Tensor | None = None,
-                 v: Tensor | None = None) -> Tensor:
-        if v_hat is None or v is None:
-            rec = losses.absolute_error(x_hat, x)
-        else:
-            rec = losses.squared_error(v_hat, v)
-        if self.weight:
-            rec = rec + self.weight * losses.perceptual_error(self.lpips, x_hat, x)
-        return rec
-
-
-class Alignment:
-    """Draws the latent to the features of a frozen teacher."""
-
-    name, start, maximum, constant = "align", 0, 1e8, False
-
-    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
-                 rt: Runtime) -> None:
-        self.weight, self.layer = args.align_weight, tokenizer.encoder_last_layer
-        self.autocast = lambda: rt.autocast(args.precision)
-        self.teacher = frozen.load_teacher(args.teacher, args.size // tokenizer.stride)
-        if isinstance(self.teacher, nn.Module):
-            self.teacher.to(rt.device)
-        x = torch.zeros(1, 3, args.size, args.size, device=rt.device)
-        grid, shape = tokenizer.posterior(x)[0].shape[2:], self.features(x).shape
-        if len(shape) != 4 or shape[2:] != grid:
-            raise InputError(f"--teacher {args.teacher} gives {list(shape)} for one "
-                             f"image: the latent needs [1, D, {grid[0]}, {grid[1]}]")
-        net = nn.Conv2d(tokenizer.channels, shape[1], 1, bias=False).to(rt.device)
-        self.network, self.parts = rt.wrap(net), {"projection": net}
-        self.parameters = list(net.parameters())
-
-    def learn(self, lr: float) -> None:
-        """The projection learns with the tokenizer, in its optimiser."""
-
-    @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        with self.autocast():
-            return self.teacher(x).float()
-
-    def loss(self, x: Tensor, mean: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
-        """L_mdms + L_mcos of the sample z, projected to the features' width."""
-        pair = self.network(z), self.features(x)
-        return losses.marginal_distance_matrix(*pair) + losses.marginal_cosine(*pair)
-
-
-class SemanticPreservation:
-    """Draws the latent to a teacher as GAE does, in one of three places (Figure 3).
-
-    latent   the mean, to the target of a trained teacher
-    pre      the encoder's features, to those of a foundation model of this width
-    post     a linear map of the mean, to such features
-    """
-
-    name, start, constant = "semantic", 0, True
-
-    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
-                 rt: Runtime) -> None:
-        self.weight, self.place = args.semantic_weight, args.semantic_at
-        self.autocast = lambda: rt.autocast(args.precision)
-        side = args.size // tokenizer.stride
-        if self.place == "latent" and ":" not in args.teacher:
-            if not Path(args.teacher).exists():
-                raise InputError(f"GAE needs a teacher, and {args.teacher} is not there: "
-                                 "`python train_teacher.py` makes one; or --semantic-weight 0")
-            self.teacher = frozen.Target(args.teacher, side)
-        else:
-            self.teacher = frozen.load_teacher(args.teacher, side, imagenet=True)
-        if isinstance(self.teacher, nn.Module):
-            self.teacher.to(rt.device)
-        if self.place == "pre":
-            tokenizer.encoder.register_forward_hook(self.keep)
-        x = torch.zeros(1, 3, args.size, args.size, device=rt.device)
-        with torch.no_grad():
-            mean, target = tokenizer.posterior(x)[0], self.target(x)
-        self.network, self.parts = nn.Identity(), {}
-        if self.place == "post":
-            net = nn.Conv2d(tokenizer.channels, target.shape[1], 1, bias=False).to(rt.device)
-            self.network, self.parts = rt.wrap(net), {"semantic_projection": net}
-        if self.place == "pre" and self.features.ndim != 3:
-            raise InputError(f"--semantic-at pre needs a ViT, not --model {args.model}")
-        found = self.found(mean).shape
-        if found != target.shape:
-            raise InputError(f"--teacher {args.teacher} gives {list(target.shape)} for one "
-                             f"image, but {self.place} has {list(found)}")
-        self.parameters = list(self.network.parameters())
-
-    def keep(self, encoder: nn.Module, inputs: tuple, features: Tensor) -> None:
-        self.features = features
-
-    def learn(self, lr: float) -> None:
-        """The linear map learns with the tokenizer, in its optimiser."""
-
-    @torch.no_grad()
-    def target(self, x: Tensor) -> Tensor:
-        with self.autocast():
-            target = self.teacher(x).float()
-        return models.rms(target.movedim(1, -1)).movedim(-1, 1)
-
-    def found(self, mean: Tensor) -> Tensor:
-        """What is compared with the target: [B, D, h, w]."""
-        if self.place == "pre":
-            return models.rms(self.features.float()).mT.unflatten(2, mean.shape[2:])
-        return self.network(mean)
-
-    def loss(self, x: Tensor, mean: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
-        return losses.semantic_preservation(self.found(mean), self.target(x))
-
-
-class Adversary:
-    """A discriminator, which learns to tell x from x_hat."""
-
-    name, maximum = "adv", 1e4
-
-    class Both(nn.Module):
-        """Logits of x and x_hat.  Together they would share BatchNorm's statistics."""
-
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
-            return self.net(x).float(), self.net(x_hat).float()
-
-    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
-                 rt: Runtime) -> None:
-        self.weight, self.layer = args.disc_weight, tokenizer.last_layer
-        self.constant = args.disc_mode == "constant"
-        self.start, self.autocast = args.disc_start, lambda: rt.autocast(args.precision)
-        self.net = models.PatchGAN().to(rt.device, memory_format=torch.channels_last)
-        self.network = rt.wrap(self.Both(self.net))
-        self.optimizer = adamw(self.net.parameters(), args)
-        self.parameters: list[Tensor] = []   # none that the tokenizer's optimiser trains
-        self.parts = {"discriminator": self.net, "disc_optimizer": self.optimizer}
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-
-    def loss(self, x: Tensor, mean: Tensor, z: Tensor, x_hat: Tensor) -> Tensor:
-        """What the tokenizer minimises.  The pair is kept to learn from."""
-        self.pairs.append((x, x_hat.detach()))
-        self.net.requires_grad_(False)
-        with self.autocast():
-            return losses.hinge_generator(self.net(x_hat).float())
-
-    def learn(self, lr: float) -> None:
-        """One step of the discriminator on the pairs of this batch."""
-        self.net.requires_grad_(True)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        parts, batch = len(self.pairs), map(torch.cat, zip(*self.pairs))
-        for x, x_hat in runtime.micro_batches(self.network, parts, *batch):
-            with self.autocast():
-                real, fake = self.network(x, x_hat)
-            (losses.hinge_discriminator(real, fake) / parts).backward()
-        self.optimizer.step()
-        self.pairs = []
-
-
-def adamw(parameters: Iterable[Tensor], args: argparse.Namespace) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=args.lr, betas=tuple(args.betas),
-                             weight_decay=args.weight_decay, fused=True)
-
-
-def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
-    """The weight at which `loss` pulls as hard as L_rec, times its own weight.
-
-    Both pulls are gradients at one layer, averaged over the processes.  Neither
-    KL nor VE is part of the reference.  A constant weight counts beside the mean of
-    L_rec over pixel values, and L_rec is the sum of so many `values`.
-    """
-    if other.constant:
-        return loss.new_full((), other.weight * values)
-    pulls = [torch.autograd.grad(a, other.layer, retain_graph=True)[0]
-             for a in (rec, loss)]
-    pulls = [runtime.all_reduce_mean(pull) for pull in pulls]
-    return other.weight * losses.adaptive_weight(*pulls, maximum=other.maximum)
 
 
 # ------------------------------------------------------------------------------
@@ -435,6 +243,8 @@ def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
         raise InputError(f"--preset {args.preset} needs a published --init")
     tokenizer.decoder.recompute = args.recompute
     if args.compile:
+        # `balance` goes backwards through a graph that is needed once more.
+        torch._functorch.config.donated_buffer = False
         tokenizer.encoder.compile()
         tokenizer.decoder.compile()
     return tokenizer.to(rt.device, memory_format=torch.channels_last)
@@ -492,26 +302,21 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = build(args, rt)
     network = rt.wrap(tokenizer)
-    reconstruction = Reconstruction(args.perceptual_weight, rt.device)
-    others = []
-    if args.align_weight:
-        others.append(Alignment(args, tokenizer, rt))
-    if args.semantic_weight:
-        others.append(SemanticPreservation(args, tokenizer, rt))
-    if args.disc_weight:
-        others.append(Adversary(args, tokenizer, rt))
+    reconstruction = objectives.Reconstruction(args.perceptual_weight, rt.device)
+    others = objectives.others_of(args, tokenizer, rt)
+    route = objectives.route_of(args, tokenizer, rt)
     parts, parameters = {"model": tokenizer}, list(tokenizer.parameters())
-    for other in others:
+    for other in [*others, route]:
         parts |= other.parts
         parameters += other.parameters
-    parts["optimizer"] = optimizer = adamw(parameters, args)
+    parts["optimizer"] = optimizer = objectives.adamw(parameters, args)
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
     done = restore(parts, checkpoint, args.init, config)
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)
 
     finite = runtime.FiniteCheck(rt.device)
-    networks = [network] + [other.network for other in others]
+    networks = [network] + [other.network for other in [*others, route]]
     batches = data.batches(
         train,
         args.batch,
@@ -526,16 +331,19 @@ def main(argv: list[str] | None = None) -> None:
         batch = next(batches)
         runtime.report_skipped(batch["skipped"])
         x = batch["x"].contiguous(memory_format=torch.channels_last)
+        # What the encoder sees, and what x_hat should be: x, but for some regularisers.
+        seen, target = route.begin(x, step)
         draws = noise(tokenizer, x, args.batch, args.seed, step, rt)
         lambda1 = args.lambda1 * min(1, (step + 1) / max(1, args.ve_warmup))
 
         optimizer.zero_grad(set_to_none=True)
-        for x, *draws in runtime.micro_batches(networks, args.accumulate, x, *draws):
+        rows = x, seen, target, *draws
+        for x, seen, target, *draws in runtime.micro_batches(networks, args.accumulate, *rows):
             with rt.autocast(args.precision):
-                mean, logvar, z, x_hat, *v_hat = network(x, *draws)
+                mean, logvar, z, x_hat, *v_hat = network(seen, *draws)
 
             # Eq. 11, or one of the objectives with which it is compared.
-            rec = reconstruction(x_hat, x)
+            rec = reconstruction(x_hat, target)
             if tokenizer.diffuses:
                 rec = reconstruction(x_hat, x, *v_hat, flow.velocity(x, draws[2]))
             if args.loss == "ve":
@@ -555,8 +363,8 @@ def main(argv: list[str] | None = None) -> None:
             # What else draws at the tokenizer is balanced with L_rec.
             for other in others:
                 if step >= other.start:
-                    loss = other.loss(x, mean, z, x_hat)
-                    weight = balance(rec, loss, other, x[0].numel())
+                    loss = other.loss(x, mean, z, target, x_hat)
+                    weight = objectives.balance(rec, loss, other, target[0].numel())
                     total = total + weight * loss
                     terms |= {other.name: loss, f"{other.name}_weight": weight}
             (total / args.accumulate).backward()

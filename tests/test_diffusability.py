@@ -22,7 +22,9 @@ import diffusability
 import evaluate
 import latents
 import models
+import objectives
 import runtime
+import train_tokenizer
 from runtime import InputError
 from studies import diffusability_benchmark, diffusability_study, experiments
 
@@ -377,15 +379,16 @@ def test_the_benchmark_names_what_it_times(capsys):
 
 def test_the_arms_of_the_study():
     arms = diffusability_study.table_of_arms()
-    possible = [arm for arm in arms if diffusability_study.is_possible(arm)]
-    assert len(possible) >= 16 and len({arm.name for arm in arms}) == len(arms)
-    plan = diffusability_study.Plan(possible[0], diffusability_study.RECIPE, "x", Path("r"), "cpu")
-    parsed = {}
-    for command, _ in plan.stages():
-        stage, *flags = shlex.split(command)
-        if stage == "diffusability.py":
-            parsed = diffusability.parse(flags)
-    assert parsed.decode == 1000 and parsed.dit and parsed.out.name == "page.json"
+    assert len(arms) >= 16 and len({arm.name for arm in arms}) == len(arms)
+    used = set()
+    for arm in arms:
+        plan = diffusability_study.Plan(arm, diffusability_study.RECIPE, "x", Path("r"), "cpu")
+        first, *_, last = (shlex.split(command) for command, _ in plan.stages())
+        assert (first[0], last[0]) == ("train_tokenizer.py", "diffusability.py")
+        args, page = train_tokenizer.parse(first[1:]), diffusability.parse(last[1:])
+        used.add((args.regularizer, args.loss))
+        assert page.decode == 1000 and page.dit and page.out.name == "page.json"
+    assert used >= {(name, loss) for name in objectives.REGULARIZERS for loss in ("kl", "ve")}
 
 
 def test_an_arm_runs_end_to_end_and_only_once(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ the held-out images, resume, two processes, and bad input.
 """
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ import checkpoints
 import data
 import losses
 import models
+import objectives
 import train_tokenizer
 
 SCRIPT = Path(train_tokenizer.__file__)
@@ -148,7 +150,7 @@ DEFAULTS = dict(
     disc_weight=0.0, disc_start=2501, align_weight=0.0, batch=4, accumulate=1, lr=1e-3,
     steps=3, clip=1.0, warmup=100, cooldown=0.0, seed=0, cosine=False, betas=(0.5, 0.9),
     weight_decay=0.0, semantic_weight=0.0, semantic_at="latent", disc_mode="adaptive",
-    teacher="my_teacher:pooled")
+    teacher="my_teacher:pooled", regularizer=None)
 # The layers at which alignment and adversary are balanced with L_rec.
 LAYERS = {"vit-shapes": ("adapter", "smooth.1"), "gae-demo": ("adapter", "smooth.1"),
           "vit-demo": ("adapter", "decoder.linear"), "gae-d32": ("adapter", "decoder.linear"),
@@ -196,6 +198,49 @@ def alignment(a, b):
     return (apart - 0.25).relu().mean() + (0.5 - cosine).relu().mean()
 
 
+def moved(a, side, turns):
+    """Resized, and turned by quarters to the left."""
+    a = F.interpolate(a, (side, side), mode="bilinear")
+    for _ in range(turns):
+        a = a.transpose(2, 3).flip(2)
+    return a
+
+
+def correlation(mean):
+    """0.75 - rho of LCR, or 0: a mean over the pairs of all windows."""
+    std, centre = torch.std_mean(mean.detach(), dim=(0, 2, 3), correction=0, keepdim=True)
+    a, found = (mean - centre) / (std + 1e-6), []
+    for i, j in itertools.product(range(0, 8, 2), repeat=2):
+        for window in a[:, :, i:i + 2, j:j + 2].flatten(2).mT:   # [4, C]
+            found += [torch.corrcoef(window)[pair] for pair in itertools.combinations(range(4), 2)]
+    return (0.75 - torch.stack(found).mean()).relu()
+
+
+def route(s, step, x, token):
+    """What the encoder sees, what x_hat should be, and what becomes of z."""
+    draw = runtime.generator(s.seed, "regularizer", step)
+    if s.regularizer == "eq":
+        moves = torch.rand((), generator=draw) < 0.5
+        side, turns = (int(torch.randint(*ends, (), generator=draw)) for ends in ((2, 8), (1, 4)))
+        side, turns = 8 if s.model.startswith("vit") else side, turns
+        if moves:
+            return x, moved(x, 4 * side, turns), lambda z: moved(z, side, turns)
+    if s.regularizer == "lmr":
+        quarters = int(torch.tensor([0.7, 0.1, 0.1, 0.1]).multinomial(1, generator=draw))
+        hidden = torch.randperm(64, generator=draw).view(8, 8) < 16 * quarters
+        keep = 1 - hidden.float()
+        return x, x, lambda z: keep * z + (1 - keep) * token["token"].view(-1, 1, 1)
+    if s.regularizer == "mae":
+        count = round(64 * (0.4 * torch.rand((), generator=draw).item() - 0.1))
+        order = runtime.global_randn((len(x), 64), CPU, s.seed, "patches", step)
+        seen = x.clone()
+        for n in range(len(x)):
+            for k in order[n].argsort()[:max(0, count)].tolist():
+                seen[n, :, k // 8 * 4:k // 8 * 4 + 4, k % 8 * 4:k % 8 * 4 + 4] = 0
+        return seen, x, lambda z: z
+    return x, x, lambda z: z
+
+
 def balance(rec, other, layer, maximum):
     """The weight at which `other` pulls at the layer as hard as `rec`."""
     a, b = (torch.autograd.grad(loss, layer.weight, retain_graph=True)[0].norm()
@@ -213,6 +258,12 @@ def networks(s, init=None):
     trained = nn.ModuleDict({"model": tokenizer})
     if s.align_weight:
         trained["projection"] = nn.Conv2d(tokenizer.channels, 12, 1, bias=False)
+    if s.regularizer == "repa":
+        trained["repa_mlp"] = nn.Sequential(
+            nn.Conv2d(tokenizer.channels, 24, 1), nn.SiLU(), nn.Conv2d(24, 24, 1), nn.SiLU(),
+            nn.Conv2d(24, 12, 1))
+    if s.regularizer == "lmr":
+        trained["mask_token"] = nn.ParameterDict({"token": torch.randn(tokenizer.channels)})
     adamw = dict(betas=s.betas, weight_decay=s.weight_decay)
     optimizer = torch.optim.AdamW(trained.parameters(), **adamw)
     if not s.disc_weight:
@@ -225,8 +276,9 @@ def networks(s, init=None):
 
 def written_out(s, parts):
     """Trains the parts, and returns the last line of the log."""
-    tokenizer, projection, optimizer, critic, critic_optimizer = map(parts.get, (
-        "model", "projection", "optimizer", "discriminator", "disc_optimizer"))
+    tokenizer, projection, mlp, token, optimizer, critic, critic_optimizer = map(parts.get, (
+        "model", "projection", "repa_mlp", "mask_token", "optimizer", "discriminator",
+        "disc_optimizer"))
     layers = LAYERS.get(s.model, LAYERS_OF_CONV)
     latent_layer, image_layer = map(tokenizer.get_submodule, layers)
     parameters = optimizer.param_groups[0]["params"]
@@ -240,19 +292,20 @@ def written_out(s, parts):
         lambda1 = s.lambda1 * min(1, (step + 1) / max(1, s.ve_warmup))
         optimizer.zero_grad()
         pairs = []
-        parts = (a.chunk(s.accumulate) for a in (x, eps, scale, noise, t.view(-1, 1, 1, 1)))
-        for x, eps, scale, noise, t in zip(*parts):
-            mean, logvar = tokenizer.encode(x).tensor_split([tokenizer.channels], dim=1)
+        seen, target, change = route(s, step, x, token)
+        rows = x, seen, target, eps, scale, noise, t.view(-1, 1, 1, 1)
+        for x, seen, target, eps, scale, noise, t in zip(*(a.chunk(s.accumulate) for a in rows)):
+            mean, logvar = tokenizer.encode(seen).tensor_split([tokenizer.channels], dim=1)
             z = mean + deviation(s, logvar, scale) * eps
             if s.model.startswith("dgae"):   # one step of the decoder at a random time
                 x_t = (1 - t) * noise + t * x
-                v_hat = tokenizer.decoder(x_t, t.flatten(), tokenizer.post_quant_conv(z))
+                v_hat = tokenizer.decoder(x_t, t.flatten(), tokenizer.post_quant_conv(change(z)))
                 x_hat, rec = x_t + (1 - t) * v_hat, summed((v_hat - x + noise) ** 2)
             else:
-                x_hat = tokenizer.decode(z)
-                rec = summed((x_hat - x).abs())
+                x_hat = tokenizer.decode(change(z))
+                rec = summed((x_hat - target).abs())
             if s.perceptual_weight:
-                rec = rec + s.perceptual_weight * PIXELS * FakeLpips()(x_hat, x).mean()
+                rec = rec + s.perceptual_weight * PIXELS * FakeLpips()(x_hat, target).mean()
             loss = rec + latent_loss(s, lambda1, mean, logvar, z)
             log = {"rec": rec, "max_z": z.abs().max()}
             if s.align_weight:
@@ -263,9 +316,20 @@ def written_out(s, parts):
             if s.semantic_weight:
                 wanted = getattr(sys.modules["my_teacher"], s.teacher.split(":")[1])(x)
                 wanted = wanted / (wanted.square().mean(1, keepdim=True) + 1e-6).sqrt()
-                semantic, weight = (mean - wanted).square().mean(), s.semantic_weight * PIXELS
+                semantic = (mean - wanted).square().mean()
+                weight = s.semantic_weight * target[0].numel()
                 loss = loss + weight * semantic
                 log |= {"semantic": semantic, "semantic_weight": torch.tensor(weight)}
+            if s.regularizer in ("lcr", "repa"):
+                name, strength = s.regularizer, {"lcr": 0.002, "repa": 0.1}[s.regularizer]
+                if name == "lcr":
+                    other = correlation(mean)
+                else:
+                    wanted = sys.modules["my_teacher"].pooled(x)
+                    other = 1 - F.cosine_similarity(mlp(z), wanted).mean()
+                weight = strength * balance(rec, other, latent_layer, 1e8)
+                loss = loss + weight * other
+                log |= {name: other, f"{name}_weight": weight}
             if s.disc_weight and step >= s.disc_start:
                 adv = -critic(x_hat).mean()
                 if s.disc_mode == "constant":
@@ -274,7 +338,7 @@ def written_out(s, parts):
                     weight = s.disc_weight * balance(rec, adv, image_layer, 1e4)
                 loss = loss + weight * adv
                 log |= {"adv": adv, "adv_weight": weight}
-                pairs.append((x, x_hat.detach()))
+                pairs.append((target, x_hat.detach()))
             (loss / s.accumulate).backward()
 
         rate = s.lr * min(1, (step + 1) / s.warmup)
@@ -359,8 +423,8 @@ PRESETS = {
     "vavae-f16d32": GAN | dict(model="f16d32", align_weight=0.1),
     "vavae-f16d32-finetune": GAN | dict(model="f16d32", align_weight=0.1, disc_start=0,
                                         ve_warmup=1000),
-    "gae-demo": GAE_NOISE | dict(model="gae-demo", semantic_weight=0.1, lr=3e-3, warmup=2, cooldown=0.8,
-                                 teacher="my_teacher:target16"),
+    "gae-demo": GAE_NOISE | dict(model="gae-demo", semantic_weight=0.1, lr=3e-3, warmup=2,
+                                 cooldown=0.8, teacher="my_teacher:target16"),
     "gae-d32": GAE | dict(model="gae-d32", teacher="my_teacher:target"),
     "gae-d64": GAE | dict(model="gae-d64", teacher="my_teacher:target64"),
     "dgae-demo": dict(model="dgae-demo", lambda1=1e-3, lr=3e-3, warmup=2, cooldown=0.8)} | {
@@ -403,6 +467,14 @@ EVERYTHING = LARGE | dict(perceptual_weight=0.7, disc_weight=0.5, disc_start=1,
     LARGE | dict(model="dgae-demo", batch=6, accumulate=3, perceptual_weight=0.7),
     LARGE | dict(model="gae-demo", semantic_weight=0.3, teacher="my_teacher:target16",
                  disc_weight=0.5, disc_start=1, disc_mode="constant"),
+    LARGE | dict(regularizer="eq", model="f16d32", loss="kl", semantic_weight=0.3,
+                 teacher="my_teacher:target"),
+    EVERYTHING | dict(regularizer="eq"),
+    LARGE | dict(regularizer="lcr", model="f16d32"),
+    LARGE | dict(regularizer="lmr", loss="sigma"),
+    LARGE | dict(regularizer="lmr", model="dgae-demo", batch=6, accumulate=3),
+    LARGE | dict(regularizer="mae", loss="none", batch=6, accumulate=3, align_weight=0.1),
+    LARGE | dict(regularizer="repa"),
 ], ids=lambda s: " ".join(f"{k}={v}" for k, v in s.items() if EVERYTHING.get(k) != v))
 def test_three_steps_with_other_flags_are_those_written_out(tmp_path, tiny, settings):
     """The gradient is clipped, and every weight is large enough to be noticed."""
@@ -539,6 +611,16 @@ def test_a_flag_changes_no_number(tmp_path, tiny, monkeypatch, flag, function):
     assert same(before, after)
 
 
+def test_a_compiled_tokenizer_can_be_balanced(tmp_path, tiny, monkeypatch):
+    """Which goes backwards twice.  The backend is the one that plans the way back."""
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net: real(net, backend="aot_eager"))
+    flags = ["--align-weight", "1", "--steps", "1"]
+    a, b = (moments(train(tmp_path / n, *flags, *more)["optimizer"])
+            for n, more in (("a", []), ("b", ["--compile"])))
+    assert (a - b).norm() < 1e-5 * a.norm()
+
+
 def test_accumulated_parts_are_the_whole_batch(tmp_path, tiny):
     """Where nothing depends on the batch, as balanced weights and PatchGAN do."""
     one, four = (moments(train(tmp_path / n, "--accumulate", n, "--steps", "1")["optimizer"])
@@ -605,21 +687,27 @@ def test_no_flag_is_forgotten():
 # Held-out images.
 
 
-@pytest.mark.parametrize("loss, model", [
-    ("ve", "vit-shapes"), ("kl", "vit-shapes"), ("sigma", "vit-shapes"), ("ve", "dgae-demo")])
-def test_held_out_images_are_scored_as_written_here(tmp_path, tiny, monkeypatch, loss, model):
-    """40 images, evenly spread over the 2,000 of val, get their noise 32 at a time."""
+@pytest.mark.parametrize("loss, model, others", [
+    ("ve", "vit-shapes", {}), ("kl", "vit-shapes", {}), ("sigma", "vit-shapes", {}),
+    ("ve", "dgae-demo", {}), ("ve", "vit-shapes", {"regularizer": "eq"}),
+    ("ve", "vit-shapes", {"regularizer": "lmr"})])
+def test_held_out_images_are_scored_as_written_here(tmp_path, tiny, monkeypatch, loss, model,
+                                                    others):
+    """40 images, evenly spread over the 2,000 of val, get their noise 32 at a time.
+
+    With seed 5 the last step moves the latent, or hides half of it; the held-out do not."""
     monkeypatch.setitem(train_tokenizer.SMOKE, "val_images", 40)
     monkeypatch.setitem(train_tokenizer.SMOKE, "log_every", 3)
     shown = {}
     monkeypatch.setattr(data, "save_rows", lambda path, rows: shown.update(rows))
-    settings = dict(loss=loss, model=model, lambda1=0.3, sigma=0.4, perceptual_weight=0.7, seed=3)
+    settings = others | dict(
+        loss=loss, model=model, lambda1=0.3, sigma=0.4, perceptual_weight=0.7, seed=5)
     train(tmp_path, *flags_of(**settings))
     tokenizer, state = checkpoints.load_tokenizer(tmp_path / "checkpoint.pt")
-    pixels = data.Shapes(32, "val", seed=3).render_batch(torch.arange(0, 2000, 50).numpy())[0]
+    pixels = data.Shapes(32, "val", seed=5).render_batch(torch.arange(0, 2000, 50).numpy())[0]
     x, noise = pixels / 127.5 - 1, []
     for k, count in enumerate((32, 8)):
-        draws = runtime.generator(3, "held-out", k)
+        draws = runtime.generator(5, "held-out", k)
         noise.append([torch.randn(count, tokenizer.channels, 8, 8, generator=draws),
                       torch.randn(count, generator=draws)])
     eps, scale = map(torch.cat, zip(*noise))
@@ -674,8 +762,9 @@ GAE_FLAGS = ["--preset", "gae-demo", "--teacher", "my_teacher:target16"]
 @pytest.mark.parametrize("flags", [
     ALL_NETWORKS, ["--preset", "dgae-demo"],
     ["--preset", "gae-demo", "--semantic-at", "post", "--teacher", "my_teacher:pooled"],
-    [*GAE_FLAGS, "--disc-weight", "0.5", "--disc-mode", "constant", "--disc-start", "1"]],
-    ids=["all", "dgae", "gae after the latent", "gae"])
+    [*GAE_FLAGS, "--disc-weight", "0.5", "--disc-mode", "constant", "--disc-start", "1"],
+    *(["--regularizer", name] for name in objectives.REGULARIZERS)],
+    ids=["all", "dgae", "gae after the latent", "gae", *objectives.REGULARIZERS])
 def test_two_plus_two_steps_are_four(tmp_path, tiny, flags):
     whole = train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--steps", "2")
@@ -750,8 +839,11 @@ def test_two_processes_train_as_one(tmp_path):
 
 @pytest.mark.parametrize("flags", [["--preset", "dgae-demo"],
                                    ["--preset", "gae-demo", "--semantic-at", "post",
-                                    "--teacher", "my_teacher:coarse"]], ids=["dgae", "gae"])
+                                    "--teacher", "my_teacher:coarse"],
+                                   ["--regularizer", "lmr", "--accumulate", "2"]],
+                         ids=["dgae", "gae", "lmr"])
 def test_two_processes_train_a_neighbour_as_one(tmp_path, flags):
+    """A masked latent's token learns from all images, and stays where nothing is hidden."""
     one, two = train(tmp_path / "one", *flags), train_by_two(tmp_path / "two", *flags)
     for step in (1, 2, 3, 4):
         a, b = (logged(tmp_path / name, step) for name in ("one", "two"))
@@ -759,6 +851,24 @@ def test_two_processes_train_a_neighbour_as_one(tmp_path, flags):
             [b[key] for key in ("rec", "total", "grad_norm")], rel=1e-3), step
     a, b = moments(one["optimizer"]), moments(two["optimizer"])
     assert (a - b).norm() < 1e-3 * a.norm()
+    a, b = (state["optimizer"]["state"] for state in (one, two))
+    a, b = a[max(a)]["exp_avg"], b[max(b)]["exp_avg"]   # of a map of its own, or of the token
+    assert (a - b).norm() < 1e-3 * a.norm()
+
+
+@pytest.mark.parametrize("name", ["eq", "mae"])
+def test_two_processes_change_their_images_as_one_does(name):
+    """Each has every second image of the batch.  Seed 0 moves and hides in step 1."""
+    args = train_tokenizer.parse(["--smoke", "--size", "32", "--regularizer", name])
+    tokenizer = models.build_tokenizer(models.AUTOENCODERS["vit-shapes"])
+    x = torch.rand(4, 3, 32, 32)
+    whole = objectives.route_of(args, tokenizer, CPU).begin(x, 1)
+    assert not torch.equal(whole[name == "eq"], x)
+    for rank in range(2):
+        half = runtime.Runtime(CPU.device, rank, 2)
+        found = objectives.route_of(args, tokenizer, half).begin(x[rank::2], 1)
+        assert torch.equal(found[0], whole[0][rank::2])
+        assert torch.equal(found[1], whole[1][rank::2])
 
 
 def test_two_processes_teach_one_discriminator(tmp_path):
@@ -863,6 +973,13 @@ def test_other_images_go_on_with_a_run_only_if_accepted(tmp_path, tiny, capsys):
     ("--model demo --semantic-weight 1 --semantic-at pre --teacher my_teacher:pooled",
      "needs a ViT"),
     ("--gan-weight 1", "--gan-weight"),
+    ("--regularizer best", "--regularizer: invalid choice"),
+    ("--regularizer eq --preset dgae-demo", "choose lcr, lmr or repa"),
+    ("--regularizer eq --model demo --perceptual-weight 1", "needs --size 64"),
+    ("--regularizer eq --model demo --disc-weight 1", "needs --size 128"),
+    ("--regularizer lcr --model f16d32 --size 16", "has one position"),
+    ("--regularizer mae --model demo", "needs a ViT, not --model demo"),
+    ("--regularizer repa --teacher dinov2_vitl14", "1.2 GB"),
 ])
 def test_bad_input_is_one_line(tmp_path, capsys, flags, message):
     assert message in refusal(capsys, tmp_path / "run", *flags.split())

@@ -1,0 +1,430 @@
+"""What trains a tokenizer beside Eq. 11: losses and regularisers with something of their own.
+
+Each of them brings a network, a frozen teacher or random draws.  They have a room of
+their own so that the stage, `train_tokenizer.py`, shows its objective alone.
+
+    Reconstruction        L_rec, which may hold LPIPS
+    Alignment             VA-VAE: the latent learns from a teacher
+    SemanticPreservation  GAE: so does its mean
+    Adversary             VQGAN: a discriminator learns with the tokenizer
+
+--regularizer names one of those that "Diffusing in the Right Space" compares, at
+its published strength, together with any --loss:
+
+    eq     MovedLatent           EQ-VAE: the decoder must make the moved image of
+                                 the moved latent
+    lcr    LocalCorrelation      SSVAE: neighbouring positions become alike
+    lmr    MaskedLatent          SSVAE: some positions become a learned token
+    mae    MaskedImage           MAETok, DeTok: a ViT sees a part of the patches
+    repa   RepresentationMatch   REPA: an MLP of the latent finds a teacher's features
+
+What adds a loss has `loss`, and `balance` finds its weight.  What changes the way
+from x to x_hat is a Route.  Held-out images know nothing of either.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import runtime  # before torch, because it says how idle threads wait
+
+import torch
+from torch import Tensor, nn
+
+import frozen
+import losses
+import models
+from runtime import InputError, Runtime
+
+# The published strengths.  The weights of lcr and repa are relative to L_rec's
+# gradient at the encoder's last layer.  lmr hides 0, 1, 2 or 3 quarters of the
+# positions with these probabilities, and mae a share of the patches that is uniform
+# in this range, and 0 where it is negative.
+REGULARIZERS: dict[str, dict[str, Any]] = {
+    "eq": dict(probability=0.5),
+    "lcr": dict(weight=0.1 * 0.02, threshold=0.75),
+    "lmr": dict(probabilities=[0.7, 0.1, 0.1, 0.1]),
+    "mae": dict(least=-0.1, most=0.3),
+    "repa": dict(weight=0.1),
+}
+
+# ------------------------------------------------------------------------------
+# The reconstruction, and more losses where they have a weight.  Some of them bring a
+# network of their own, which trains with the tokenizer.
+
+
+class Reconstruction:
+    """L_rec: the absolute error, plus LPIPS where it has a weight.
+
+    With the velocity v of a diffusion decoder, which predicts v_hat, the squared
+    error of the velocity takes the place of the absolute error.
+    """
+
+    def __init__(self, perceptual_weight: float, device: torch.device) -> None:
+        self.weight = perceptual_weight
+        if self.weight:
+            self.lpips = frozen.load_lpips().to(device)
+
+    def __call__(self, x_hat: Tensor, x: Tensor, v_hat: Tensor | None = None,
+                 v: Tensor | None = None) -> Tensor:
+        if v_hat is None or v is None:
+            rec = losses.absolute_error(x_hat, x)
+        else:
+            rec = losses.squared_error(v_hat, v)
+        if self.weight:
+            rec = rec + self.weight * losses.perceptual_error(self.lpips, x_hat, x)
+        return rec
+
+
+class Alignment:
+    """Draws the latent to the features of a frozen teacher."""
+
+    name, start, maximum, constant = "align", 0, 1e8, False
+    part, imagenet = "projection", False
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        self.weight, self.layer = args.align_weight, tokenizer.encoder_last_layer
+        self.autocast = lambda: rt.autocast(args.precision)
+        side = args.size // tokenizer.stride
+        self.teacher = frozen.load_teacher(args.teacher, side, imagenet=self.imagenet)
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.to(rt.device)
+        x = torch.zeros(1, 3, args.size, args.size, device=rt.device)
+        grid, shape = tokenizer.posterior(x)[0].shape[2:], self.features(x).shape
+        if len(shape) != 4 or shape[2:] != grid:
+            raise InputError(f"--teacher {args.teacher} gives {list(shape)} for one "
+                             f"image: the latent needs [1, D, {grid[0]}, {grid[1]}]")
+        net = self.head(tokenizer.channels, shape[1]).to(rt.device)
+        self.network, self.parts = rt.wrap(net), {self.part: net}
+        self.parameters = list(net.parameters())
+
+    def head(self, channels: int, features: int) -> nn.Module:
+        return nn.Conv2d(channels, features, 1, bias=False)
+
+    def learn(self, lr: float) -> None:
+        """The head learns with the tokenizer, in its optimiser."""
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            return self.teacher(x).float()
+
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, target: Tensor, x_hat: Tensor) -> Tensor:
+        """L_mdms + L_mcos of the sample z, projected to the features' width."""
+        pair = self.network(z), self.features(x)
+        return losses.marginal_distance_matrix(*pair) + losses.marginal_cosine(*pair)
+
+
+class SemanticPreservation:
+    """Draws the latent to a teacher as GAE does, in one of three places (Figure 3).
+
+    latent   the mean, to the target of a trained teacher
+    pre      the encoder's features, to those of a foundation model of this width
+    post     a linear map of the mean, to such features
+    """
+
+    name, start, constant = "semantic", 0, True
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        self.weight, self.place = args.semantic_weight, args.semantic_at
+        self.autocast = lambda: rt.autocast(args.precision)
+        side = args.size // tokenizer.stride
+        if self.place == "latent" and ":" not in args.teacher:
+            if not Path(args.teacher).exists():
+                raise InputError(f"GAE needs a teacher, and {args.teacher} is not there: "
+                                 "`python train_teacher.py` makes one; or --semantic-weight 0")
+            self.teacher = frozen.Target(args.teacher, side)
+        else:
+            self.teacher = frozen.load_teacher(args.teacher, side, imagenet=True)
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.to(rt.device)
+        if self.place == "pre":
+            tokenizer.encoder.register_forward_hook(self.keep)
+        x = torch.zeros(1, 3, args.size, args.size, device=rt.device)
+        with torch.no_grad():
+            mean, target = tokenizer.posterior(x)[0], self.target(x)
+        self.network, self.parts = nn.Identity(), {}
+        if self.place == "post":
+            net = nn.Conv2d(tokenizer.channels, target.shape[1], 1, bias=False).to(rt.device)
+            self.network, self.parts = rt.wrap(net), {"semantic_projection": net}
+        if self.place == "pre" and self.features.ndim != 3:
+            raise InputError(f"--semantic-at pre needs a ViT, not --model {args.model}")
+        found = self.found(mean).shape
+        if found != target.shape:
+            raise InputError(f"--teacher {args.teacher} gives {list(target.shape)} for one "
+                             f"image, but {self.place} has {list(found)}")
+        self.parameters = list(self.network.parameters())
+
+    def keep(self, encoder: nn.Module, inputs: tuple, features: Tensor) -> None:
+        self.features = features
+
+    def learn(self, lr: float) -> None:
+        """The linear map learns with the tokenizer, in its optimiser."""
+
+    @torch.no_grad()
+    def target(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            target = self.teacher(x).float()
+        return models.rms(target.movedim(1, -1)).movedim(-1, 1)
+
+    def found(self, mean: Tensor) -> Tensor:
+        """What is compared with the target: [B, D, h, w]."""
+        if self.place == "pre":
+            return models.rms(self.features.float()).mT.unflatten(2, mean.shape[2:])
+        return self.network(mean)
+
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, target: Tensor, x_hat: Tensor) -> Tensor:
+        return losses.semantic_preservation(self.found(mean), self.target(x))
+
+
+class Adversary:
+    """A discriminator, which learns to tell x from x_hat."""
+
+    name, maximum = "adv", 1e4
+
+    class Both(nn.Module):
+        """Logits of x and x_hat.  Together they would share BatchNorm's statistics."""
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x).float(), self.net(x_hat).float()
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        self.weight, self.layer = args.disc_weight, tokenizer.last_layer
+        self.constant = args.disc_mode == "constant"
+        self.start, self.autocast = args.disc_start, lambda: rt.autocast(args.precision)
+        self.net = models.PatchGAN().to(rt.device, memory_format=torch.channels_last)
+        self.network = rt.wrap(self.Both(self.net))
+        self.optimizer = adamw(self.net.parameters(), args)
+        self.parameters: list[Tensor] = []   # none that the tokenizer's optimiser trains
+        self.parts = {"discriminator": self.net, "disc_optimizer": self.optimizer}
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, target: Tensor, x_hat: Tensor) -> Tensor:
+        """What the tokenizer minimises.  The pair is kept to learn from."""
+        self.pairs.append((target, x_hat.detach()))
+        self.net.requires_grad_(False)
+        with self.autocast():
+            return losses.hinge_generator(self.net(x_hat).float())
+
+    def learn(self, lr: float) -> None:
+        """One step of the discriminator on the pairs of this batch."""
+        self.net.requires_grad_(True)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        parts, batch = len(self.pairs), map(torch.cat, zip(*self.pairs))
+        for x, x_hat in runtime.micro_batches(self.network, parts, *batch):
+            with self.autocast():
+                real, fake = self.network(x, x_hat)
+            (losses.hinge_discriminator(real, fake) / parts).backward()
+        self.optimizer.step()
+        self.pairs = []
+
+
+class RepresentationMatch(Alignment):
+    """REPA on the latent: an MLP finds the teacher's features at each position of z."""
+
+    name, part, imagenet = "repa", "repa_mlp", True
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        super().__init__(args, tokenizer, rt)
+        self.weight = REGULARIZERS["repa"]["weight"]
+
+    def head(self, channels: int, features: int) -> nn.Module:
+        """2048 wide, as in REPA, for the features of DINOv2-L."""
+        width = 2 * features
+        return nn.Sequential(nn.Conv2d(channels, width, 1), nn.SiLU(),
+                             nn.Conv2d(width, width, 1), nn.SiLU(),
+                             nn.Conv2d(width, features, 1))
+
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, target: Tensor, x_hat: Tensor) -> Tensor:
+        return losses.cosine_distance(self.network(z), self.features(x))
+
+
+class LocalCorrelation:
+    """SSVAE's LCR: neighbouring positions of the mean correlate over the channels.
+
+    Channels are standardised by the whole batch, and rho is that of the whole batch,
+    on however many processes.
+    """
+
+    name, start, maximum, constant = "lcr", 0, 1e8, False
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        if args.size // tokenizer.stride < 2:
+            raise InputError(f"--regularizer lcr compares neighbours, and --size {args.size} has "
+                             "one position: choose a larger --size")
+        self.weight, self.threshold = REGULARIZERS["lcr"].values()
+        self.layer, self.network = tokenizer.encoder_last_layer, nn.Identity()
+        self.parts: dict[str, Any] = {}
+        self.parameters: list[Tensor] = []
+
+    def learn(self, lr: float) -> None:
+        """It has no network."""
+
+    def loss(self, x: Tensor, mean: Tensor, z: Tensor, target: Tensor, x_hat: Tensor) -> Tensor:
+        def average(a: Tensor) -> Tensor:
+            return runtime.all_reduce_mean(a.detach().mean((0, 2, 3), keepdim=True))
+
+        centred = mean - average(mean)
+        rho = losses.local_correlation(centred / (average(centred.square()).sqrt() + 1e-6))
+        pulls = runtime.all_reduce_mean(rho.detach().clone()) < self.threshold
+        return torch.where(pulls, self.threshold - rho, 0.0)
+
+
+def adamw(parameters: Iterable[Tensor], args: argparse.Namespace) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=args.lr, betas=tuple(args.betas),
+                             weight_decay=args.weight_decay, fused=True)
+
+
+def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
+    """The weight at which `loss` pulls as hard as L_rec, times its own weight.
+
+    Both pulls are gradients at one layer, averaged over the processes.  Neither
+    KL nor VE is part of the reference.  A constant weight counts beside the mean of
+    L_rec over pixel values, and L_rec is the sum of so many `values`.
+    """
+    if other.constant:
+        return loss.new_full((), other.weight * values)
+    pulls = [torch.autograd.grad(a, other.layer, retain_graph=True)[0]
+             for a in (rec, loss)]
+    pulls = [runtime.all_reduce_mean(pull) for pull in pulls]
+    return other.weight * losses.adaptive_weight(*pulls, maximum=other.maximum)
+
+
+# ------------------------------------------------------------------------------
+# The way from an image to x_hat, which three of the regularisers change.  What they
+# draw depends on seed and step alone, so that all processes draw the same.
+
+
+class Route:
+    """The encoder sees x, and the decoder makes x of z."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        self.seed, self.rt, self.batch = args.seed, rt, args.batch
+        self.stride, self.side = tokenizer.stride, args.size // tokenizer.stride
+        self.network: nn.Module = nn.Identity()
+        self.parts: dict[str, Any] = {}
+        self.parameters: list[Tensor] = []
+
+    def begin(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """What the encoder sees of this rank's images x, and what the decoder must make."""
+        return x, x
+
+    def draw(self, step: int) -> torch.Generator:
+        return runtime.generator(self.seed, "regularizer", step)
+
+
+def entrance(tokenizer: models.Tokenizer) -> nn.Module:
+    """The first module of the decoder that gets z.  It knows whether this is training."""
+    return getattr(tokenizer, "post_quant_conv", tokenizer.decoder)
+
+
+class MovedLatent(Route):
+    """EQ-VAE: in half of the steps the decoder makes the moved image of the moved z.
+
+    Both are resized to a quarter of their side or more, and turned by a quarter or
+    more.  A ViT decodes one size alone, and only gets the turns.  EQ-VAE's code also
+    shrinks some of the images that it does not move, and we do not.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        super().__init__(args, tokenizer, rt)
+        if tokenizer.diffuses:
+            raise InputError("--regularizer eq cannot move the noise that a diffusion decoder "
+                             "begins with: choose lcr, lmr or repa, or another --model")
+        self.resizes = tokenizer.config["arch"] != "vit"
+        least = 128 if args.disc_weight else 64 if args.perceptual_weight else 0
+        if self.resizes and args.size < least:
+            raise InputError(f"--regularizer eq makes images of a quarter of --size {args.size}, "
+                             f"and LPIPS or the discriminator needs --size {least}")
+        entrance(tokenizer).register_forward_pre_hook(self.enter)
+
+    def begin(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        draw, least = self.draw(step), max(1, self.side // 4)
+        moves = torch.rand((), generator=draw) < REGULARIZERS["eq"]["probability"]
+        side = int(torch.randint(least, max(least + 1, self.side), (), generator=draw))
+        turns = int(torch.randint(1, 4, (), generator=draw))
+        self.side_now = side if moves and self.resizes else self.side
+        self.turns = turns if moves else 0
+        return x, losses.moved(x, self.side_now * self.stride, self.turns)
+
+    def enter(self, decoder: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+        return losses.moved(*inputs, self.side_now, self.turns) if decoder.training else None
+
+
+class MaskedLatent(Route):
+    """SSVAE's LMR: some positions, the same in the whole batch, become a learned token."""
+
+    class Token(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(channels))
+
+        def forward(self, z: Tensor, hidden: Tensor) -> Tensor:
+            return losses.hide_positions(z, self.token, hidden)
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        super().__init__(args, tokenizer, rt)
+        net = self.Token(tokenizer.channels).to(rt.device)
+        self.network, self.parts = rt.wrap(net), {"mask_token": net}
+        self.parameters = list(net.parameters())
+        entrance(tokenizer).register_forward_pre_hook(self.enter)
+
+    def begin(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        draw, count = self.draw(step), self.side**2
+        chances = torch.tensor(REGULARIZERS["lmr"]["probabilities"])
+        quarters = int(torch.multinomial(chances, 1, generator=draw))
+        hidden = torch.randperm(count, generator=draw) < round(quarters / 4 * count)
+        self.hidden = hidden.view(self.side, self.side).to(x.device)
+        return x, x
+
+    def enter(self, decoder: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
+        return self.network(*inputs, self.hidden) if decoder.training else None
+
+
+class MaskedImage(Route):
+    """MAETok, DeTok: the encoder sees a part of the patches, other ones in each image."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
+                 rt: Runtime) -> None:
+        super().__init__(args, tokenizer, rt)
+        if tokenizer.config["arch"] != "vit":
+            raise InputError(f"--regularizer mae needs a ViT, not --model {args.model}")
+
+    def begin(self, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        least, most = REGULARIZERS["mae"].values()
+        share = least + (most - least) * torch.rand((), generator=self.draw(step)).item()
+        shape = self.batch // self.rt.world, self.side**2
+        order = runtime.global_randn(shape, self.rt, self.seed, "patches", step)[:len(x)]
+        hidden = order.argsort(1).argsort(1) < round(share * shape[1])
+        return losses.hide_patches(x, hidden.view(-1, self.side, self.side)), x
+
+
+# ------------------------------------------------------------------------------
+# What the flags ask for.
+
+
+def others_of(args: argparse.Namespace, tokenizer: models.Tokenizer, rt: Runtime) -> list[Any]:
+    """The losses that are balanced with L_rec."""
+    kinds = [(Alignment, args.align_weight), (SemanticPreservation, args.semantic_weight),
+             (Adversary, args.disc_weight), (LocalCorrelation, args.regularizer == "lcr"),
+             (RepresentationMatch, args.regularizer == "repa")]
+    return [kind(args, tokenizer, rt) for kind, wanted in kinds if wanted]
+
+
+def route_of(args: argparse.Namespace, tokenizer: models.Tokenizer, rt: Runtime) -> Route:
+    kinds = {"eq": MovedLatent, "lmr": MaskedLatent, "mae": MaskedImage}
+    return kinds.get(args.regularizer, Route)(args, tokenizer, rt)
