@@ -1,5 +1,6 @@
 # make demo   toy, tokenizer, transformer, samples and scores on built-in images
 # make test   the tests
+# make gpu    what a CUDA card computes, and how fast, in eight minutes
 # Both first make .venv and install what they need into it, unless that is done.
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ export OMP_NUM_THREADS ?= 1
 BF16 := $(shell grep -cE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null)
 PRECISION := $(if $(filter-out 0,$(BF16)),bf16,fp32)
 
-.PHONY: demo demo-toy demo-ve demo-kl demo-scores test
+.PHONY: demo demo-toy demo-ve demo-kl demo-scores test gpu
 .DELETE_ON_ERROR:
 
 .venv/installed: requirements.txt
@@ -62,6 +63,9 @@ demo-toy: .venv/installed
 	@mkdir -p $(DEMO)
 	$(RUN) toy2d.py --out $(DEMO)/toy2d > $(DEMO)/toy2d.log 2>&1 || \
 		{ cat $(DEMO)/toy2d.log; exit 1; }
+
+gpu: .venv/installed
+	$(RUN) -m studies.gpu
 
 test: .venv/oracles
 	$(RUN) -m mypy --ignore-missing-imports --follow-imports=silent $(CHECKED)

@@ -65,6 +65,7 @@ class Reconstruction:
         self.weight = perceptual_weight
         if self.weight:
             self.lpips = frozen.load_lpips().to(device)
+        self.networks = [self.lpips] if self.weight else []
 
     def __call__(self, x_hat: Tensor, x: Tensor, v_hat: Tensor | None = None,
                  v: Tensor | None = None) -> Tensor:
@@ -212,7 +213,7 @@ class Adversary:
         self.pairs.append((target, x_hat.detach()))
         self.net.requires_grad_(False)
         with self.autocast():
-            return losses.hinge_generator(self.net(x_hat).float())
+            return at_image(losses.hinge_generator(self.net(x_hat).float()), x_hat)
 
     def learn(self, lr: float) -> None:
         """One step of the discriminator on the pairs of this batch."""
@@ -284,6 +285,16 @@ class LocalCorrelation:
 def adamw(parameters: Iterable[Tensor], args: argparse.Namespace) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=args.lr, betas=tuple(args.betas),
                              weight_decay=args.weight_decay, fused=True)
+
+
+def at_image(loss: Tensor, x_hat: Tensor) -> Tensor:
+    """The same value, and the same gradient at x_hat, without what lies between them.
+
+    A loss is balanced by a gradient that is taken before the total's.  LPIPS and the
+    discriminator are gone through once for both, and their activations are free.
+    """
+    pull, = torch.autograd.grad(loss, x_hat)
+    return loss.detach() + (pull * (x_hat - x_hat.detach())).sum()
 
 
 def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:

@@ -99,9 +99,15 @@ PRESETS = {
 }
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, val_images=8,
              workers=0, out=Path("runs/smoke/tokenizer"))
+# Kilobytes that a training keeps of each pixel, and those with --recompute, with all
+# losses.  studies/costs.py counts them.  What is not named keeps less.
+KEPT = {
+    "f8d4": (33.5, 19), "f8d8": (33.5, 19), "f16d16": (25.5, 21.5), "f16d32": (25.5, 21.5),
+    "vit-l": (15, 9.5), "gae-d32": (15, 9.5), "gae-d64": (15, 9.5),
+    "dgae-b": (62.5, 22), "dgae-m": (86.5, 28), "dgae-l": (110.5, 34)}
 # A run may go on with other values of these.
 FREE = {"steps", "epochs", "save_every", "log_every", "workers", "device", "out", "smoke",
-        "compile", "recompute"}
+        "compile", "recompute", "accumulate"}
 LOSSES = "ve", "kl", "sigma", "none", "log-entropy", "negative-variance"
 ANALYZE2 = {"log-entropy": log_entropy, "negative-variance": negative_variance}
 
@@ -153,11 +159,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = p.add_argument_group("optimisation (AdamW)").add_argument
     add("--steps", type=count, help="optimiser steps in all")
     add("--batch", type=count, help="images in a step, over all processes")
-    add("--accumulate", type=count, default=1, help="parts of a process's batch")
     add("--lr", type=positive, help="learning rate")
     add("--clip", type=positive, default=1.0, help="largest gradient norm, per pixel")
-    add("--recompute", action="store_true", help="decoder: less memory, more time")
-    add("--compile", action="store_true", help="torch.compile the tokenizer")
+    runtime.add_card_flags(p)
     runtime.add_running_flags(p)
     return p.parse(argv, PRESETS, SMOKE)
 
@@ -234,20 +238,32 @@ def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
     if args.size != size or args.size % stride:
         raise InputError(f"--model {args.model} cannot take --size {args.size}: it needs "
                          f"{size}, as a multiple of {stride}")
-    if args.batch % (rt.world * args.accumulate):
+    parts = args.accumulate or 1
+    if args.batch % (rt.world * parts):
         raise InputError(f"--batch {args.batch} does not divide over {rt.world} "
-                         f"process(es) and --accumulate {args.accumulate}")
+                         f"process(es) and --accumulate {parts}")
     if args.disc_weight and args.size < 32:
         raise InputError("the discriminator needs --size 32 or more, or --disc-weight 0")
     if args.preset.endswith("finetune") and args.init is None:
         raise InputError(f"--preset {args.preset} needs a published --init")
-    tokenizer.decoder.recompute = args.recompute
-    if args.compile:
-        # `balance` goes backwards through a graph that is needed once more.
-        torch._functorch.config.donated_buffer = False
-        tokenizer.encoder.compile()
-        tokenizer.decoder.compile()
     return tokenizer.to(rt.device, memory_format=torch.channels_last)
+
+
+def kept_by(model: str, size: int, precision: str) -> tuple[float, float]:
+    """Bytes that a step keeps of an image, without and with recomputing the decoder."""
+    pixels = size * size * (2 if precision == "fp32" else 1)
+    without, recomputed = KEPT.get(model, (6, 6))
+    return 1000 * pixels * without, 1000 * pixels * recomputed
+
+
+def blocks_of(tokenizer: nn.Module) -> list[nn.Module]:
+    """What is compiled.  The last layers stay outside.
+
+    `balance` wants the gradient there alone, and a graph that holds them would
+    compute all of its gradients.
+    """
+    kinds = models.Level, models.VitBlock, models.TimeBlock
+    return [module for module in tokenizer.modules() if isinstance(module, kinds)]
 
 
 def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
@@ -310,6 +326,12 @@ def main(argv: list[str] | None = None) -> None:
         parts |= other.parts
         parameters += other.parameters
     parts["optimizer"] = optimizer = objectives.adamw(parameters, args)
+    args.accumulate, args.recompute = runtime.fit(
+        rt, args.batch // rt.world, kept_by(args.model, args.size, args.precision),
+        sum(p.numel() for p in parameters), args.accumulate, args.recompute)
+    tokenizer.decoder.recompute = args.recompute
+    judges = reconstruction.networks + [other.net for other in others if other.name == "adv"]
+    args.compile = rt.compile(args.compile, *blocks_of(tokenizer), *judges)
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
     done = restore(parts, checkpoint, args.init, config)
@@ -346,6 +368,7 @@ def main(argv: list[str] | None = None) -> None:
             rec = reconstruction(x_hat, target)
             if tokenizer.diffuses:
                 rec = reconstruction(x_hat, x, *v_hat, flow.velocity(x, draws[2]))
+            rec = objectives.at_image(rec, *v_hat or [x_hat])
             if args.loss == "ve":
                 total = (rec + lambda1 * inverse_variance(logvar, args.delta)
                          + args.lambda2 * exponential_magnitude(z, args.tau))

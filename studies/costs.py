@@ -29,6 +29,7 @@ import flow
 import frozen
 import losses
 import models
+import objectives
 import train_dit
 import train_tokenizer
 from runtime import InputError
@@ -159,6 +160,7 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
     rec = losses.squared_error(*v_hat, x) if v_hat else losses.absolute_error(x_hat, x)
     if args.perceptual_weight:
         rec = rec + losses.perceptual_error(lpips, x_hat, x)
+    rec = objectives.at_image(rec, *v_hat or [x_hat])
     total = rec + losses.inverse_variance(logvar) + losses.exponential_magnitude(z)
     balanced = []
     if args.semantic_weight:
@@ -174,7 +176,7 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
     if args.disc_weight:
         judge.requires_grad_(False)
         with bf16():
-            loss = losses.hinge_generator(judge(x_hat).float())
+            loss = objectives.at_image(losses.hinge_generator(judge(x_hat).float()), x_hat)
         if args.disc_mode == "constant":
             total = total + loss
         else:

@@ -268,6 +268,16 @@ def test_a_transformer_keeps_what_the_table_says(preset, recompute):
     assert counted <= table and (recompute or table < 1.05 * counted)
 
 
+@pytest.mark.parametrize("preset", ["photos-64", "ldm-f16d16", "dgae-b"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_tokenizer_keeps_what_the_table_says(preset, recompute):
+    args = train_tokenizer.parse(["--preset", preset])
+    args.recompute = recompute
+    table = train_tokenizer.kept_by(args.model, args.size, "bf16")[recompute]
+    counted = grows(train_tokenizer, args, 4)
+    assert counted <= table and (recompute or table < 1.05 * counted)
+
+
 def test_the_paper_s_largest_training_fits_in_the_parts_that_are_chosen(monkeypatch):
     """192 images of XL on 79 GiB, of which the driver has taken a half."""
     args = train_dit.parse(["--preset", "lightningdit-xl-sota"])

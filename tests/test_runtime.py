@@ -359,6 +359,48 @@ def test_unknown_and_absent_devices_are_refused():
             runtime.start("cuda")
 
 
+@pytest.mark.parametrize("device, chosen, expected", [
+    ("cpu", None, False), ("cpu", True, True), ("cpu", False, False),
+    ("cuda", None, True), ("cuda", True, True), ("cuda", False, False)])
+def test_compiling_is_the_default_on_cuda_alone(monkeypatch, device, chosen, expected):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda net, dynamic: compiled.append((net, dynamic)))
+    nets = nn.Linear(1, 1), nn.Linear(2, 2)
+    assert Runtime(torch.device(device)).compile(chosen, *nets) is expected
+    assert compiled == ([(net, False) for net in nets] if expected else [])
+
+
+def test_more_than_eight_shapes_of_one_class_are_compiled():
+    """PyTorch's own limit is eight graphs for one function.  forward is one for all."""
+    nets, seen = [nn.Linear(n, 1) for n in range(1, 12)], []
+    Runtime(CPU).compile(True)
+
+    def backend(graph, inputs):
+        seen.append(1)
+        return graph.forward
+
+    for n, net in enumerate(nets, 1):
+        net.compile(backend=backend, dynamic=False)
+        net(torch.ones(1, n))
+    assert len(seen) == 11
+
+
+@pytest.mark.parametrize("room, given, expected", [
+    (84, (None, None), (1, False)), (84, (4, None), (4, False)), (84, (None, True), (1, True)),
+    (83, (None, None), (2, False)), (42, (None, False), (2, False)),
+    (6, (None, None), (4, True)),      # not one image, without recomputing
+    (6, (None, False), (12, False)), (6, (12, None), (12, True)),
+    (1, (None, None), (12, True))])    # not at all: the last way is tried
+def test_the_parts_of_a_batch_fit_the_memory(monkeypatch, room, given, expected):
+    """12 images, of which 7 GiB are kept or 2, and 10^9 numbers, which want 18 bytes each."""
+    free = int((room * 2**30 + 18e9) * 1.1) + 2 * 2**30 + 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 0))
+    sizes = 12, (7 * 2**30, 2 * 2**30), 10**9
+    assert runtime.fit(Runtime(torch.device("cuda")), *sizes, *given) == expected
+    parts, again = given
+    assert runtime.fit(Runtime(CPU), *sizes, *given) == (parts or 1, bool(again))
+
+
 # ------------------------------------------------------------------------------
 # Random streams.
 

@@ -219,7 +219,20 @@ def test_every_flag_is_tested():
     """Those of the last line by other tests of this file.  Guided channels are no flag."""
     args = vars(sample.parse([])).keys() - {"cfg_channels"}
     flags = {"--" + name.replace("_", "-").replace("classes", "class") for name in args}
-    assert flags <= {*" ".join(FLAGS).split(), "--count", "--out", "--smoke", "--decode-steps"}
+    assert flags <= {*" ".join(FLAGS).split(), "--count", "--out", "--smoke", "--decode-steps",
+                     "--compile"}
+
+
+def test_compiled_blocks_make_the_same_images(dit, tmp_path, monkeypatch):
+    """And count as the same settings."""
+    seen = []
+    monkeypatch.setattr(models.Block, "compile", lambda block, dynamic: seen.append(block))
+    usual = draw(dit, tmp_path / "usual")
+    assert not seen and np.array_equal(draw(dit, tmp_path / "run", "--compile"), usual)
+    assert len(seen) == checkpoints.load_dit(dit)[0].config["depth"]
+    digests = [json.loads((tmp_path / name / "samples.json").read_text())["digest"]
+               for name in ("usual", "run")]
+    assert digests[0] == digests[1]
 
 
 def test_published_files_need_a_tokenizer_and_statistics(dit, tokenizer, tmp_path, monkeypatch,

@@ -614,11 +614,25 @@ def test_a_flag_changes_no_number(tmp_path, tiny, monkeypatch, flag, function):
 def test_a_compiled_tokenizer_can_be_balanced(tmp_path, tiny, monkeypatch):
     """Which goes backwards twice.  The backend is the one that plans the way back."""
     real = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda net: real(net, backend="aot_eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda net, **more: real(net, **more, backend="aot_eager"))
     flags = ["--align-weight", "1", "--steps", "1"]
     a, b = (moments(train(tmp_path / n, *flags, *more)["optimizer"])
             for n, more in (("a", []), ("b", ["--compile"])))
     assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def test_a_loss_is_left_behind_at_the_image():
+    """The value and the gradient stay, also where the total takes a third of it."""
+    w = torch.linspace(-1, 1, 12).view(1, 3, 2, 2).requires_grad_()
+    for way in (lambda loss, x_hat: loss, objectives.at_image):
+        x_hat = w.sin()
+        loss = way(x_hat.pow(3).sum(), x_hat)
+        # 3 sin^2 cos, once by itself and once in the total.
+        alone, = torch.autograd.grad(loss, w, retain_graph=True)
+        total, = torch.autograd.grad(loss / 3 + w.sum(), w)
+        assert torch.allclose(alone, 3 * w.sin().square() * w.cos())
+        assert torch.allclose(total, alone / 3 + 1)
+        assert torch.allclose(loss, w.sin().pow(3).sum())
 
 
 def test_accumulated_parts_are_the_whole_batch(tmp_path, tiny):
