@@ -116,6 +116,8 @@ def adm_crop(image: Image.Image, size: int, place: tuple = CENTRE) -> Image.Imag
     Halve the image with a box filter while its short side has 2 * size pixels or
     more, make that side `size` with a bicubic filter, and crop.
     """
+    if image.size == (size, size):
+        return image
     while min(image.size) >= 2 * size:
         half = image.width // 2, image.height // 2
         image = image.resize(half, Image.Resampling.BOX)
@@ -146,19 +148,19 @@ class Pictures:
     def labels(self, indices: ndarray) -> Tensor:
         return torch.from_numpy(self.targets[indices])
 
-    def read(self, indices: ndarray, places: ndarray) -> list[Tensor | None]:
-        if self.pixels is not None and self.pixels.shape[1:3] == (self.size, self.size):
-            return [*torch.from_numpy(self.pixels[indices]).permute(0, 3, 1, 2)]
-        images = []
+    def read(self, indices: ndarray, places: ndarray) -> Iterator[Tensor | None]:
         for index, place in zip(indices, places, strict=True):
             try:
-                pixels = np.array(adm_crop(self.open_image(index), self.size, place))
-                images.append(torch.from_numpy(pixels).permute(2, 0, 1))
+                image = self.open_image(index)
+                if isinstance(image, Image.Image):
+                    image = adm_crop(image, self.size, place)
+                image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             except Exception:   # Pillow raises anything from MemoryError to SyntaxError
-                images.append(None)
-        return images
+                image = None
+            yield image
 
     def open_image(self, index):
+        """An image, or the pixels [s, s, 3] of one that needs no crop."""
         return Image.fromarray(self.pixels[index])
 
     def name_of(self, index: int) -> str:
@@ -212,6 +214,9 @@ class ArraySamples(Pictures):
             raise InputError(f"{path}: arr_0 must be uint8 [N, S, S, 3], not {kind} {shape}")
         targets = np.zeros(len(array), dtype=int)
         super().__init__(path, shape[1], "", [""], targets, array)
+
+    def open_image(self, index):
+        return self.pixels[index]
 
 
 def open_array(path: str | Path, key: str) -> ndarray:
@@ -410,8 +415,7 @@ def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1,
          device: Device = "cpu", x: bool = True) -> Iterator[dict]:
     """Every image once over all ranks, cropped at the centre; else as `batches`.
 
-    limit: only so many images, spread evenly over the data set.
-    x: without it there are only pixels, which cost less.
+    limit: only so many images, spread evenly over the data set.  x: False spares it.
     """
     n = len(dataset)
     count = min(limit or n, n)
@@ -445,13 +449,14 @@ class Reader:
         indices, positions = entry   # of the plan
         u = uniform(self.seed, 2, positions, 3).astype(float)
         places = u[:, :2] if self.augment else [CENTRE] * len(u)
-        images = self.dataset.read(indices, places)
-        kept = np.array([image is not None for image in images])
-        images = [image for image in images if image is not None]
-        pixels = torch.stack(images) if images else torch.empty(0, 3, 1, 1)
-        if self.augment:
-            flipped = torch.from_numpy(u[kept, 2] < 0.5)
-            pixels[flipped] = pixels[flipped].flip(3)
+        size, kept = self.dataset.size, np.empty(len(u), dtype=bool)
+        mirrored = self.augment & (u[:, 2] < 0.5)
+        pixels = np.empty((len(u), 3, size, size), np.uint8)   # NumPy is quick to transpose
+        for row, image in enumerate(self.dataset.read(indices, places)):
+            kept[row] = image is not None
+            if kept[row]:
+                pixels[row] = image.flip(2) if mirrored[row] else image
+        pixels = torch.from_numpy(pixels if kept.all() else pixels[kept])
         return {"pixels": pixels, "y": self.dataset.labels(indices[kept]),
                 "index": torch.from_numpy(indices[kept]),
                 "skipped": [self.dataset.name_of(index) for index in indices[~kept]]}

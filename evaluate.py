@@ -119,12 +119,12 @@ class Reader:
         if count < max(least, rt.world):
             raise InputError(f"{images.name} has {count} images, too few to compare")
         parts = data.once(images, self.batch, rt.rank, rt.world, self.workers,
-                          count, rt.device)
+                          count, rt.device, x=False)
         for part in tqdm(parts, images.name, batches, leave=False, unit="batch",
                          disable=not rt.is_main):
             for name in part["skipped"]:
                 raise InputError(f"{name} cannot be read: replace or remove it")
-            yield part | {"pixels": data.to_uint8(part["x"])}
+            yield part
 
 
 def extract(images, net, read, count, few=False):
@@ -251,7 +251,8 @@ def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe
     moments = [metrics.Moments() for _ in (*levels, "real images")]
     sums, count = [Counter() for _ in moments], read.count(images)
     for part in read(images, count):
-        x, z, index = part["pixels"], tokenizer.posterior(part["x"])[0], part["index"].tolist()
+        x, index = part["pixels"], part["index"].tolist()
+        z = tokenizer.posterior(data.from_uint8(x))[0]
         draws = [runtime.generator(seed, "evaluate", i) for i in index]
         noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in draws])
         decoded = (tokenizer.decode(z + std * noise.to(z), index) for *_, std in levels)
@@ -270,7 +271,8 @@ def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe
         scores["recognised of real images"] = means[-1, -1].item()
     if probe:
         train = data.open_dataset(source, size, "train", file.get("config", {}).get("seed", 0))
-        scores |= probe_latents(tokenizer, train, images, probe, read)
+        runtime.on_main(read.rt, lambda: scores.update(
+            probe_latents(tokenizer, train, images, probe, read)))
     return {"evaluation": "reconstruction", "of": path, "metrics": scores,
             "curve": curve, "protocol": {
                 **net.about(), "images": count, "size": size,
@@ -286,7 +288,7 @@ def probe_latents(tokenizer, train, val, count, read):
     alone = Reader(Runtime(read.rt.device), read.batch, read.workers, count)
     sets = []
     for images in (train, val):
-        found = [(tokenizer.posterior(part["x"])[0], part["y"])
+        found = [(tokenizer.posterior(data.from_uint8(part["pixels"]))[0], part["y"])
                  for part in alone(images, alone.count(images))]
         sets.append([torch.cat(column) for column in zip(*found)])
     (z, y), (test, test_y) = sets
@@ -322,7 +324,8 @@ def write_images(out, path, source, size, steps, read):
     images, found = data.open_images(source, size), []
     names = picture_names(images)
     for part in read(images, read.count(images), least=1):
-        (mean, logvar), index = tokenizer.posterior(part["x"]), part["index"].tolist()
+        mean, logvar = tokenizer.posterior(data.from_uint8(part["pixels"]))
+        index = part["index"].tolist()
         pixels = data.to_uint8(tokenizer.decode(mean, index)).permute(0, 2, 3, 1).cpu().numpy()
         for i, picture in zip(index, pixels):
             with runtime.atomic(out / "reconstructions" / names[i]) as temporary:

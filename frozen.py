@@ -47,7 +47,7 @@ class FidInception(torchvision.models.Inception3):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         down, across = (tf1_bilinear(n).to(images.device) for n in images.shape[2:])
-        x = (down @ images.float() @ across.T - 128) / 128
+        x = channels_last((down @ images.float() @ across.T - 128) / 128)
         for name, layer in self.named_children():
             if name == "dropout":
                 break
@@ -55,6 +55,11 @@ class FidInception(torchvision.models.Inception3):
             if name == "Mixed_6d":
                 spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
         return x.flatten(1), spatial
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The order in memory in which a CPU convolves fastest; elsewhere as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def without_padding(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -189,7 +194,8 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
 
         def pool(images: Tensor) -> tuple[Tensor]:
             x = F.interpolate(images.float(), side, mode="bicubic", antialias=True)
-            return network.extract_features((x.clamp(0, 255) - 127) / 128).mean((2, 3)),
+            x = channels_last((x.clamp(0, 255) - 127) / 128)
+            return network.extract_features(x).mean((2, 3)),
 
         features = Features(f"EffLite0@{side}", f"bicubic to {side}, (v - 127) / 128", pool)
     load_network(network, path).to(device)
@@ -204,7 +210,12 @@ def efficientnet(side: int) -> nn.Module:
     except ImportError:
         raise InputError("efficientnet-lite0 needs its code: pip install "
                          "efficientnet-lite-pytorch") from None
-    return EfficientNet.from_name("efficientnet-lite0", image_size=side)
+    net = EfficientNet.from_name("efficientnet-lite0", image_size=side)
+    for layer in net.modules():   # equal borders need no step of their own
+        border = getattr(layer, "static_padding", None)
+        if isinstance(border, nn.ZeroPad2d) and len({*border.padding}) == 1:
+            layer.padding, layer.static_padding = border.padding[:2], nn.Identity()
+    return net
 
 
 def load_network(network: nn.Module, path: Path) -> nn.Module:
@@ -263,6 +274,7 @@ class DinoV2(nn.Module):
     def __init__(self, width: int, depth: int, side: int, imagenet: bool = False) -> None:
         super().__init__()
         self.side, self.imagenet = side, imagenet
+        self.register_buffer("colours", torch.tensor(IMAGENET).view(2, 3, 1, 1), persistent=False)
         patches = nn.Conv2d(3, width, 14, stride=14)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + 37**2, width))
@@ -272,8 +284,7 @@ class DinoV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.imagenet:
-            mean, std = (x.new_tensor(values).view(3, 1, 1) for values in IMAGENET)
-            x = (x / 2 + 0.5 - mean) / std
+            x = (x / 2 + 0.5 - self.colours[0]) / self.colours[1]
         h = self.patch_embed["proj"](F.interpolate(x, 14 * self.side, mode="bilinear"))
         first, rest = self.pos_embed.split([1, 37**2], dim=1)
         rest = rest.mT.unflatten(2, (37, 37))

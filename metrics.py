@@ -38,6 +38,8 @@ def ssim(x_hat: Tensor, x: Tensor, low: float = 0.0) -> Tensor:
     reflected.  Values count in [low, 1]: VA-VAE and LightningDiT take
     low = -1, which gives smaller numbers.  H and W must be at least 11.
     """
+    if len(x) > 4:   # more would need memory far beyond the caches
+        return torch.cat([ssim(*pair, low) for pair in zip(x_hat.split(4), x.split(4))])
     span = 1 - low
     a, b = (float64(image) / 255 * span + low for image in (x_hat, x))
     a, b = (F.pad(image, [5] * 4, mode="reflect") for image in (a, b))
@@ -80,18 +82,21 @@ class Gaussian:
 
 class Moments:
     """Mean and unbiased covariance of rows [b, d] that stream past."""
-    products: Tensor | float = 0.0
+    products = torch.zeros(0, 0)
 
     def add(self, rows: Tensor) -> None:
         rows = F.pad(float64(rows), (0, 1), value=1.0)   # ones count and sum
-        self.products = self.products + rows.T @ rows
+        if not len(self.products):
+            self.products = rows.new_zeros(2 * rows.shape[1:])
+        for i in range(0, len(self.products), 256):   # blocks from the diagonal on
+            self.products[i:i + 256, i:].addmm_(rows[:, i:i + 256].T, rows[:, i:])
 
     def fit(self) -> Gaussian:
         """The Gaussian of the rows of all processes."""
-        total = all_reduce_sum(torch.as_tensor(self.products).clone())
-        n, mean = round(total[-1, -1].item()), total[-1, :-1] / total[-1, -1]
-        scatter = total[:-1, :-1] - n * torch.outer(mean, mean)
-        return Gaussian(n, mean, scatter / (n - 1))
+        total = all_reduce_sum(self.products.clone())
+        n, mean = round(total[-1, -1].item()), total[:-1, -1] / total[-1, -1]
+        cov = total[:-1, :-1].addr_(mean, mean, alpha=-n).triu().div_(n - 1)
+        return Gaussian(n, mean, cov + cov.triu(1).T)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
@@ -140,9 +145,11 @@ def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100,
     draw, d, total = generator(0, "kid"), real.shape[1], 0.0
     n = min(size, len(real), len(fake))
     for _ in range(subsets):
-        u, v = (a[torch.randperm(len(a), generator=draw)[:n]]
-                for a in (real, fake))
-        uu, vv, uv = (float64((p @ q.T / d + 1) ** 3)
+        rows: list = [a[torch.randperm(len(a), generator=draw)[:n]] for a in (real, fake)]
+        if real.device.type == "cpu":   # of u u^T, NumPy computes but one half
+            rows = [a.numpy() for a in rows]
+        u, v = rows
+        uu, vv, uv = (float64((torch.as_tensor(p @ q.T) / d + 1) ** 3)
                       for p, q in ((u, u), (v, v), (u, v)))
         within = uu.sum() - uu.trace() + vv.sum() - vv.trace()
         total += (within / (n * (n - 1)) - 2 * uv.mean()).item()

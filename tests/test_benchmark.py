@@ -111,18 +111,25 @@ def test_the_paper_s_interval_saves_a_quarter(monkeypatch):
     ("tokenizer", {"matrix_gflop_per_second", "arms"}),
     ("dit", {"matrix_gflop_per_second", "arms"}),
     ("sampling", {"evaluations_per_image", "interval_speedup"}),
-    ("metrics", {"frechet", "inception"}),
+    ("metrics", {".npz", "PNG", "JPEG", "JPEG 1.5 times as large", "inception",
+                 "efficientnet", "SSIM", "moments", "KID", "frechet", "peers"}),
 ])
 def test_smoke_prints_one_json_object(capsys, what, keys):
     benchmark.main([what, "--smoke", "--device", "cpu"])
-    found = json.loads(capsys.readouterr().out)
+    out, said = capsys.readouterr()
+    found = json.loads(out)
     assert keys | {"settings", "device", "versions", "date"} <= set(found)
     if what == "tokenizer":
         flop = [arm["gflop_per_image"] for arm in found["arms"].values()]
         assert flop[0] < min(flop[1:3]) and max(flop[1:3]) < flop[3]
     if what == "metrics":
-        assert found["frechet"]["scipy"]["difference"] < 1e-4
-        assert found["inception"]["torch-fidelity"]["difference"] < 1e-5
+        bounds = {"frechet": 1e-4, "inception": 1e-5, "efficientnet": 1e-4, "SSIM": 1e-4,
+                  "moments": 1e-12, "KID": 1e-4}
+        for row in keys - {"peers"}:   # the pixels are equal
+            assert "ours" not in found[row]
+            for name, arm in found[row].items():
+                assert arm["difference"] <= bounds.get(row, 0)
+                assert f"| {row}, {name} |" in said
 
 
 @pytest.mark.parametrize("flags, message", [

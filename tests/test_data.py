@@ -279,6 +279,12 @@ def test_once_covers_exactly(eleven, world, workers):
     assert sorted(seen) == list(range(11))
 
 
+def test_once_without_x(eleven):
+    for part, whole in zip(data.once(eleven, 4, x=False), data.once(eleven, 4), strict=True):
+        assert "x" not in part and "x" in whole
+        assert_same(part | {"x": whole["x"]}, whole)
+
+
 def test_once_with_a_limit(eleven):
     limited = [int(i) for part in data.once(eleven, 2, limit=4) for i in part["index"]]
     assert limited == [0, 2, 5, 8]   # floor(k * 11 / 4)
@@ -560,7 +566,7 @@ def test_held_out_images_without_labels(tmp_path, name):
     assert held_out.classes == ["a", "b"] and held_out.note == ""
     part, = data.once(held_out, 4)
     assert part["y"].tolist() == [-1, -1, -1] and held_out[0][1] == -1
-    assert_close(held_out[1][0], data.Folder.read(held_out, [1], [data.CENTRE])[0], **EXACT)
+    assert_close(held_out[1][0], next(held_out.read([1], [data.CENTRE])), **EXACT)
     assert data.summary(held_out) == f"{root}/{name} (val): 3 images, no labels"
     said = one_line(data.cache_latents, tmp_path / ".cache", held_out, Encoder(0), KEY, 4)
     assert "no labels" in said and not (tmp_path / ".cache").exists()

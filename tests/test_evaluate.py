@@ -135,6 +135,14 @@ def test_noise_curve_in_closed_form(painted, monkeypatch):
     assert Path("runs/evaluation/noise_curve.png").stat().st_size > 1000
 
 
+def test_one_process_computes_the_probe(painted, monkeypatch):
+    monkeypatch.setattr(evaluate, "probe_latents", lambda *_: {"linear probe": 1.0})
+    for rank in range(2):
+        read = evaluate.Reader(runtime.Runtime(torch.device("cpu"), rank, 2), 8, 0, 16)
+        row = evaluate.score_tokenizer("checkpoint.pt", None, None, "auto", 0, [], None, 5, read)
+        assert ("linear probe" in row["metrics"]) == (rank == 0)
+
+
 def test_recognised_in_closed_form(painted, capsys):
     """Three of eight samples show their label; real images always do.
 

@@ -47,14 +47,14 @@ def test_psnr_closed_form():
 @pytest.mark.parametrize("low", [0, -1])
 def test_ssim_is_that_of_torchmetrics(low):
     package = pytest.importorskip("torchmetrics.functional.image")
-    x = F.avg_pool2d(pictures(3, 66).float(), 3, 1).to(torch.uint8)
+    x = F.avg_pool2d(pictures(5, 66).float(), 3, 1).to(torch.uint8)
     noise = 20 * torch.randn(x.shape, generator=generator(0, "noise"))
     x_hat = (x + noise).round().clamp(0, 255).to(torch.uint8)
     pair = (a.double() / 255 * (1 - low) + low for a in (x_hat, x))
     expected = package.structural_similarity_index_measure(
         *pair, data_range=(float(low), 1.0) if low else 1.0, reduction="none")
     assert_close(metrics.ssim(x_hat, x, low), expected, rtol=1e-6, atol=1e-9)
-    assert_close(metrics.ssim(x, x, low).float(), torch.ones(3))
+    assert_close(metrics.ssim(x, x, low).float(), torch.ones(5))
 
 
 # ------------------------------------------------------------------------------
@@ -67,6 +67,16 @@ def test_moments_are_those_of_all_parts():
     np.testing.assert_allclose(found.mean, a.double().mean(0), rtol=1e-12)
     np.testing.assert_allclose(found.cov, np.cov(a.double().T), rtol=0, atol=1e-10)
     assert found.n == 500
+
+
+def test_moments_in_several_blocks():
+    """More features than the 256 that are multiplied at a time, and a sum that goes on."""
+    a, moments = rows(700, 600, shift=3.0), metrics.Moments()
+    for n, part in enumerate(a.split(350), 1):
+        moments.add(part)
+        found, expected = moments.fit(), np.cov(a[:350 * n].double().T)
+        np.testing.assert_allclose(found.cov, expected, rtol=0, atol=1e-11)
+        assert_close(found.cov, found.cov.T, rtol=0, atol=0)
 
 
 def test_frechet_of_diagonal_gaussians():
