@@ -1,270 +1,242 @@
-"""The answers of studies/experiments.py: a table and a figure for each question.
+"""The answers of studies/experiments.py: does the law hold, and by how much?
 
-They are drawn from the JSON files of the arms alone, and hold what was not run
-as well as what was.  `python -m studies.experiments --draw` calls this.
+They are drawn from the JSON files of the arms alone, by `python -m studies.experiments
+--draw`, in the words of studies/toy_law.py.  Three measures are kept apart, each of them
+against KL 1e-6 with the same seed and as long a training:
+
+M1  robustness: the PSNR that real latents lose by noise as large as the transformer's
+    error e, over what KL's real latents lose by as much
+M2  the harm of the transformer: FD of its samples minus FD of as many real latents that
+    were decoded.  It is given less KL's harm, in percent of the FD of KL's samples
+M3  the round trip of samples through their pictures, and their distance to the nearest
+    real posterior, both over those of real latents
 """
 
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import runtime  # before torch, which it tells how threads wait
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from runtime import InputError
 from studies.plot import plt
 from studies.records import is_number
+from studies.toy_law import (
+    ABSCISSAE, crossing, explained, interval, levels, points_of, scatter_of, shown)
+
+BASE = "KL 1e-6"
+START = 0.7    # the time at which real latents enter the sampler, where e is read
+LOST = 1.0     # dB of PSNR that an error of the decoder's tolerance costs
+QUALITY = {"shapes": ("invalid", "not recognised [%]"), "photographs": ("fd", "FD")}
+Arm = dict[str, Any]
 
 # ------------------------------------------------------------------------------
-# The questions, with the columns of their tables.  The figure of a question sets
-# the column x against the distance of the samples, fd.
-
-USUAL = "sigma2 relative_noise psnr rfd flow_loss fd kd"
-COLUMNS = {
-    "sigma2": "sigma²", "relative_noise": "noise / spread", "spread": "spread",
-    "psnr": "PSNR [dB]", "psnr_0.2": "PSNR, noise 0.2",
-    "psnr_0.5": "PSNR, noise 0.5", "rfd": "reconstruction FD",
-    "flow_loss": "flow loss", "fd": "generation FD", "kd": "generation KD",
-    "equilibrium_slope": "slope, T of the loss",
-    "equilibrium_ratio": "sigma⁴ T / lambda1", "trace_slope": "slope, T of Eq. 7",
-    "sampler_error": "sampler's error / spread", "sampler_over_sigma": "error / sigma",
-    "sampler_outside": "share outside sigma", "sampler_psnr": "PSNR of that error [dB]",
-}
+# The files of the arms, in the form that toy_law.py gives to its own.  There "invalid" is
+# what is lost, whatever its unit.
 
 
-@dataclass(frozen=True)
-class Question:
-    title: str
-    columns: str
-    x: str = "relative_noise"
+def arm_of(run: dict[str, Any], quality: str) -> Arm:
+    real, rows = run["real"], []
+    for row in run["rows"]:
+        made, start = row["generated"], row["starts"][str(START)]
+        rows.append({
+            "group": "level", "kept": 1, "training": row["training"], "curve": row["curve"],
+            "e": start["e"], "injected": row["injected"][quality], "invalid": made[quality],
+            "fd": made["fd"], "harm": made["fd"] - real["fd"], "distance": made["distance"],
+            "farther": made["distance"] / real["distance"],
+            "round trip": made["round_trip"] / real["round_trip"]})
+    level, lost = zip(*rows[-1]["curve"])
+    tolerance = math.exp(np.interp(LOST, np.maximum.accumulate(lost), np.log(level)))
+    made_by = [run["features"], run["hardware"], run["date"], "PyTorch", run["versions"]["torch"]]
+    return {"arm": {key: run[key] for key in ("family", "value", "seed")} | {"name": run["arm"]},
+            "rows": rows, "tolerance": tolerance, "floor": real[quality],
+            "images": real["images"]["fd"], "made by": " ".join(made_by),
+            "scores": run["settings"]["scores"], "sigma": real["sigma"], "psnr": real["psnr"],
+            "fd": real["fd"]}
 
 
-QUESTIONS = {
-    1: Question("Table 2: does VE beat the best KL weight?", USUAL, "sigma2"),
-    2: Question("The missing baseline: noise of a fixed sigma", USUAL),
-    3: Question("Sensitivity to lambda1, lambda2, tau and delta", f"spread {USUAL}", "psnr"),
-    4: Question("Forms of the variance term", f"spread {USUAL}", "sigma2"),
-    5: Question("Equilibrium: sigma against T, Eq. 14 (slope -1/4, ratio 1)",
-                "sigma2 equilibrium_slope equilibrium_ratio trace_slope"),
-    6: Question("The sampler's error, and what the decoder bears",
-                "relative_noise sampler_error sampler_over_sigma sampler_outside "
-                "sampler_psnr psnr psnr_0.2 psnr_0.5 rfd flow_loss fd", "rfd"),
-    7: Question("The trade: reconstruction given up, generation gained",
-                "psnr rfd fd kd", "psnr"),
-    8: Question("Muon against AdamW for the transformer", "flow_loss fd kd", "flow_loss"),
-}
-
-
-# ------------------------------------------------------------------------------
-# The files of the arms.  What they hold is checked here, once.
-
-
-def is_run(run: dict[str, Any]) -> bool:
-    """Whether this is what studies/experiments.py says of an arm."""
-    texts = [run["arm"], run["features"], run["hardware"], run["date"],
-             run["settings"]["scores"], run["versions"]["torch"]]
-    numbers, curves = run["numbers"], run["curves"]
-    pairs = [[curve["log_t"], curve["log_sigma"]] for curve in curves.values()]
-    return (
-        all(isinstance(text, str) for text in texts)
-        and all(v is None or is_number(v) for v in numbers.values())
-        and isinstance(run["seed"], int) and is_number(numbers["fd"])
-        and (not curves or curves.keys() == {"bins", "points"} and numbers["lambda1"] > 0)
-        and all(len(t) == len(sigma) and all(map(is_number, t + sigma))
-                for t, sigma in pairs))
-
-
-def read_runs(results: Path) -> list[dict[str, Any]]:
-    paths = sorted((results / "arms").glob("*.json"))
+def read_arms(results: Path, rung: str) -> list[Arm]:
+    paths, arms = sorted((results / "arms").glob("*.json")), []
     if not paths:
         raise InputError(f"{results}/arms holds no results: run some arms")
-    runs = [runtime.read_json(path) for path in paths]
-    for path, run in zip(paths, runs):
+    for path in paths:
         try:
-            good = is_run(run)
-        except (KeyError, TypeError, AttributeError):   # missing, or of another type
+            arm = arm_of(runtime.read_json(path), QUALITY[rung][0])
+            numbers = [arm[key] for key in ("sigma", "tolerance", "floor", "fd", "psnr", "images")]
+            numbers += [value for row in arm["rows"] for value in row.values()
+                        if value not in ("level", row["curve"])]
+            named = isinstance(arm["arm"]["seed"], int) and all(
+                isinstance(arm["arm"][key], str) for key in ("name", "family", "value"))
+            good = named and all(map(is_number, numbers))
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError):
             good = False
         if not good:
             raise InputError(f"{path} is not the file of an arm: remove it")
-    return runs
+        arms.append(arm)
+        if arm["scores"] != arms[0]["scores"]:
+            raise InputError(f"{path} is of other sizes than {paths[0]}: move one of them away")
+    return sorted(arms, key=lambda arm: arm["sigma"])
+
+
+def by_name(arms: list[Arm]) -> dict[str, list[Arm]]:
+    return {name: [arm for arm in arms if arm["arm"]["name"] == name]
+            for name in dict.fromkeys(arm["arm"]["name"] for arm in arms)}
 
 
 # ------------------------------------------------------------------------------
-# A row of a table is one setting, over the seeds with which it was run.
+# The judgement, on pairs of one seed.  Intervals are Student's, 95 %.
 
 
-@dataclass
-class Row:
-    name: str
-    family: str
-    runs: list[dict[str, Any]]
-
-    def values(self, column: str) -> list[float]:
-        found = [run["numbers"].get(column) for run in self.runs]
-        return [value for value in found if value is not None]
-
-    def mean(self, column: str) -> float:
-        return statistics.mean(self.values(column))
-
-    def deviation(self, column: str) -> float:
-        values = self.values(column)
-        return statistics.stdev(values) if len(values) > 1 else 0.0
-
-    def cell(self, column: str) -> str:
-        count = len(self.values(column))
-        spread = f" ± {self.deviation(column):.2g}" if count > 1 else ""
-        return f"{self.mean(column):.4g}{spread}" if count else ""
+def pairs_with_base(arms: list[Arm], mine: list[Arm]) -> list[tuple[Arm, Arm]]:
+    base = {arm["arm"]["seed"]: arm for arm in by_name(arms).get(BASE, [])}
+    return [(arm, base[arm["arm"]["seed"]]) for arm in mine if arm["arm"]["seed"] in base]
 
 
-def against(row: Row, other: Row) -> str:
-    """FD over that of another row, seed by seed, so that what is common cancels."""
-    mine, theirs = ({run["seed"]: run["numbers"]["fd"] for run in r.runs}
-                    for r in (row, other))
-    shares = [100 * (mine[seed] / theirs[seed] - 1) for seed in mine if seed in theirs]
-    if row is other or not shares:
-        return ""
-    spread = f" ± {statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
-    seeds = "1 seed" if len(shares) == 1 else f"{len(shares)} seeds"
-    return f", {statistics.mean(shares):+.1f}{spread} % against {other.name}, {seeds}"
+def loss_at(e: float, row: dict[str, Any]) -> float:
+    """The PSNR that noise of size e costs.  The curve is linear in the logarithm of e."""
+    level, lost = zip(*row["curve"])
+    return float(np.interp(math.log(e), np.log(level), lost))
 
 
-def best_of_families(rows: list[Row]) -> list[str]:
-    """By FD, on the seeds that are shown.
+def robustness(row: dict[str, Any], base: dict[str, Any]) -> float:
+    """M1, at the mean e of the two transformers."""
+    e = (row["e"] + base["e"]) / 2
+    return loss_at(e, row) / max(loss_at(e, base), 1e-6)
 
-    A family such as "KL AdamW" is compared with "KL", and others with the first.
+
+def harm(row: dict[str, Any], base: dict[str, Any]) -> float:
+    return 100 * (row["harm"] - base["harm"]) / base["fd"]   # M2
+
+
+def verdict(m1: list[float], m2: list[float], total: list[float]) -> str:
+    """What M1, M2 and the FD of samples, less KL's in percent, say: a value for each seed.
+
+    confirmed          M1 is below 0.83 in every seed, and M2 at most -10 % with an interval
+                       that excludes 0
+    refuted            M1 is at least 1 in every seed, or the interval of M2 lies above -10 %
+    paid back as floor M1 is below 0.83 in every seed, but M2 is refuted; or both are
+                       confirmed, but the samples are not better than KL's
     """
-    best: dict[str, Row] = {}
-    for row in rows:
-        known = best.get(row.family)
-        if row.runs and (not known or row.mean("fd") < known.mean("fd")):
-            best[row.family] = row
+    mean, half = interval(m2)
+    if half is None:
+        return "unresolved"
+    robust = max(m1) < 0.83
+    helps, fails = mean <= -10 and mean + half < 0, mean - half > -10
+    if robust and (fails or helps and statistics.mean(total) >= 0):
+        return "paid back as floor"
+    if robust and helps:
+        return "confirmed"
+    return "refuted" if fails or min(m1) >= 1 else "unresolved"
+
+
+def conclusions(arms: list[Arm]) -> list[str]:
+    """What the toy's study says of its arms."""
     lines = []
-    for family, row in best.items():
-        usual = best.get(family.split()[0], row)
-        other = next(iter(best.values())) if usual is row else usual
-        lines.append(f"* best of {family}: {row.name}, FD {row.cell('fd')} "
-                     f"(n = {len(row.runs)}){against(row, other)}")
+    for name, mine in by_name(arms).items():
+        # Real latents are the end of a transformer without an error.
+        pairs = pairs_with_base(arms, mine)
+        found = [(crossing(*([*levels(arm), {"e": 0.0, "invalid": arm["floor"]}]
+                             for arm in (base, own))), own) for own, base in pairs]
+        met = [(100 * e, e / own["sigma"], e / own["tolerance"]) for e, own in found if e]
+        if met:
+            e, sigma, tolerance = (shown([*column], 2) for column in zip(*met))
+            lines.append(f"* {name} crosses {BASE} in {len(met)} of {len(pairs)} seeds, at e = "
+                         f"{e} %, {sigma} of its sigma, {tolerance} of its tolerance.")
+        if shares := [100 * s for s in map(explained, mine) if s is not None]:
+            lines.append(f"* {name}: normal noise like the errors at t = {START} causes "
+                         f"{shown(shares, 0)} % of the loss of quality.")
+    for key in ("e", "e / sigma", "e / tolerance"):
+        value, low, high = scatter_of(arms, ABSCISSAE[key])
+        lines.append(f"* Scatter around one curve of {key}: {value:.2f} ({low:.2f} to {high:.2f}).")
+    for k, row in enumerate(levels(arms[0])):
+        seeds: dict[int, list] = {}
+        for arm in arms:
+            if arm["arm"]["family"] == "VE":
+                found = levels(arm)[k]["invalid"], arm["arm"]["value"]
+                seeds.setdefault(arm["arm"]["seed"], []).append(found)
+        best = ", ".join(min(found)[1] for _, found in sorted(seeds.items()))
+        lines += [f"* {row['training']}x: best lambda1 {best}."] if best else []
     return lines
-
-
-def explained(runs: list[dict[str, Any]]) -> list[str]:
-    """What generation FD goes with, over all runs but question 8's own."""
-    keys = "fd", "rfd", "flow_loss", "psnr", "psnr_0.5"
-    runs = [[run["numbers"].get(key) for key in keys] for run in runs
-            if not {"AdamW", "Muon"} & set(run["arm"].split())]
-    runs = [numbers for numbers in runs if None not in numbers]
-    if len(runs) < 5:
-        return []
-    fd, rfd, flow_loss, psnr, noisy = torch.tensor(runs, dtype=torch.float64).T
-    alone, t = regress(fd, rfd)
-    lines = [f"* Over {len(runs)} runs the reconstruction's FD explains "
-             f"{100 * alone:.0f} % of the variance of the generation's FD (t = {t:.1f})."]
-    for name, x in (("the flow loss", flow_loss),
-                    ("the PSNR that noise of half the spread costs", psnr - noisy)):
-        r2, t = regress(fd, rfd, x)
-        lines.append(f"* With it, {name} explains "
-                     f"{100 * (r2 - alone):.0f} % more (t = {t:.1f}).")
-    return lines
-
-
-def regress(y: Tensor, *xs: Tensor) -> tuple[float, float]:
-    """Least squares of y [N] on xs [N] and 1: R^2, and t of the last slope."""
-    A = torch.stack([torch.ones_like(y), *xs], 1)
-    inverse = torch.linalg.pinv(A.T @ A)
-    slopes = inverse @ A.T @ y
-    rest = (y - A @ slopes).square().sum()
-    error = (rest / (len(A) - A.shape[1]) * inverse[-1, -1]).sqrt()
-    r2 = 1 - rest / (y - y.mean()).square().sum()
-    return r2.item(), (slopes[-1] / error).item()
 
 
 # ------------------------------------------------------------------------------
-# Tables and figures, from the files of the arms alone.
+# Tables and the figure.
 
 
-def write_table(number: int, rows: list[Row], notes: list[str], path: Path) -> None:
-    question, ran = QUESTIONS[number], [row for row in rows if row.runs]
-    shown = [c for c in question.columns.split() if any(row.cell(c) for row in ran)]
-    heads = " | ".join(COLUMNS[column] for column in shown)
-    lines = [f"# {number}. {question.title}", "", f"| arm | seeds | {heads} |",
-             "|---|---|" + "---|" * len(shown)]
-    for row in ran:
-        cells = " | ".join(row.cell(column) for column in shown)
-        lines.append(f"| {row.name} | {len(row.runs)} | {cells} |")
-    left_out = ", ".join(row.name for row in rows if not row.runs)
-    lines += ["", f"Not run: {left_out}."] if left_out else []
-    lines += ["", *notes] if notes else []
-    runs = [run for row in rows for run in row.runs]
-    facts = [{run["settings"]["scores"] for run in runs},
-             {run["features"] for run in runs},
-             {f"{run['hardware']}, {run['date']}, PyTorch {run['versions']['torch']}"
-              for run in runs}]
-    if len(facts[0]) > 1:
-        lines += ["", "**Arms of different sizes or editions: not comparable.**"]
-    lines += ["", "± is the standard deviation over seeds.  The flow loss is the mean "
-              "of the last third of training.", *("; ".join(sorted(f)) for f in facts)]
-    with runtime.atomic(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+def judged(arms: list[Arm], mine: list[Arm]) -> list[str]:
+    """M1, M2 and the FD of samples against KL's in percent, and the verdict; by training."""
+    pairs, cells = pairs_with_base(arms, mine), []
+    for rows in zip(*(zip(levels(own), levels(base)) for own, base in pairs)):
+        m1, m2, total = ([f(*pair) for pair in rows] for f in (
+            robustness, harm, lambda own, base: 100 * (own["fd"] / base["fd"] - 1)))
+        cells.append(f"{shown(m1, 2)}; {shown(m2)}; {shown(total)}: **{verdict(m1, m2, total)}**")
+    return cells or [""] * len(levels(mine[0]))
 
 
-def draw_points(axis: Any, rows: list[Row], question: Question) -> None:
-    """A mark for each name with bars of one deviation, and a line for a family."""
-    x, y = question.x, "fd"
-    ran = [row for row in rows if row.values(x) and row.values(y)]
-    for family in dict.fromkeys(row.family for row in ran):
-        mine = sorted((row for row in ran if row.family == family),
-                      key=lambda row: row.mean(x))
-        axis.errorbar(*([row.mean(c) for row in mine] for c in (x, y)),
-                      *([row.deviation(c) for row in mine] for c in (y, x)),
-                      fmt="o-", ms=5, lw=1.2, capsize=2, label=family)
-        for row in mine:
-            axis.annotate(row.name.removeprefix(family).strip(), (row.mean(x), row.mean(y)),
-                          xytext=(4, 4), textcoords="offset points", fontsize=7)
-    wide = [row.mean(x) for row in ran]
-    if wide and min(wide) > 0 and max(wide) > 20 * min(wide):
+def tables(arms: list[Arm], rung: str) -> str:
+    named, quality, lines = by_name(arms), QUALITY[rung][1], [f"# {rung.capitalize()}"]
+    trainings = [f"{row['training']}x" for row in levels(arms[0])]
+    own = {"sigma [%]": 100, "tolerance [%]": 100, "psnr": 1, "fd": 1, "images": 1, "floor": 1}
+    parts = [(f"Real latents, decoded; the floor: {quality}; images: their FD", [*own], {
+        name: [shown([scale * arm[key.split()[0]] for arm in mine]) for key, scale in own.items()]
+        for name, mine in named.items()})]
+    parts += [(title, trainings, {
+        name: [shown([scale * row[key] for row in rows], digits)
+               for rows in zip(*map(levels, mine))] for name, mine in named.items()})
+        for title, key, scale, digits in (
+            ("e [%]", "e", 100, 1), ("Samples: FD", "fd", 1, 1),
+            *[(f"Samples: {quality}", "invalid", 1, 1)] * (quality != "FD"),
+            ("M3: round trip", "round trip", 1, 2),
+            ("M3: distance in sigmas", "farther", 1, 2))]
+    parts.append((f"Against {BASE}: M1; M2 [%]; FD of samples [%]: verdict", trainings, {
+        name: judged(arms, mine) for name, mine in named.items() if name != BASE}))
+    for title, heads, rows in parts:
+        lines += ["", f"**{title}**", "", f"| arm | seeds | {' | '.join(heads)} |",
+                  "|---" * (len(heads) + 2) + "|"]
+        lines += [f"| {name} | {len(named[name])} | {' | '.join(cells)} |"
+                  for name, cells in rows.items()]
+    return "\n".join([*lines, "", *conclusions(arms), "", "± is Student's 95 % interval over "
+                      "seeds.  Without it there is one seed.", "", arms[0]["scores"],
+                      *sorted({arm["made by"] for arm in arms}), ""])
+
+
+def draw_figure(arms: list[Arm], quality: str, path: Path) -> None:
+    """As the toy's: the law, whether all arms are on one curve, and the best lambda1."""
+    figure, axes = plt.subplots(2, 2, figsize=(14, 10.5), layout="constrained")
+    law, sigmas, tolerances, weights = axes.flat
+    for k, (name, mine) in enumerate(by_name(arms).items()):
+        colour, mark = f"C{k}", "o" if name.startswith("VE") else "s"
+        law.plot(*([np.mean([row[key] for row in rows]) for rows in zip(*map(levels, mine))]
+                   for key in ("e", "invalid")), f"{mark}-", color=colour, label=name)
+        law.axhline(np.mean([arm["floor"] for arm in mine]), color=colour, lw=0.5)
+        for axis, key in ((sigmas, "e / sigma"), (tolerances, "e / tolerance")):
+            axis.plot(*points_of(mine, ABSCISSAE[key]), mark, color=colour)
+            axis.set(xlabel=key, ylabel=f"{quality}, above that of real latents")
+    law.set(xlabel=f"e [spread of the latent], from t = {START}", ylabel=quality,
+            title="Thin lines: real latents, decoded")
+    ve = {float(mine[0]["arm"]["value"]): [*zip(*map(levels, mine))]
+          for mine in by_name(arms).values() if mine[0]["arm"]["family"] == "VE"}
+    for k, row in enumerate(levels(arms[0])):
+        weights.plot(sorted(ve), [np.mean([other["invalid"] for other in ve[value][k]])
+                                  for value in sorted(ve)], ".-", label=f"{row['training']}x")
+    weights.set(xlabel="lambda1", ylabel=quality, title="The best lambda1 at each training")
+    for axis in axes.flat:
         axis.set_xscale("log")
-    axis.set(xlabel=COLUMNS[x], ylabel=COLUMNS[y])
-
-
-def draw_equilibrium(axis: Any, rows: list[Row]) -> None:
-    for i, row in enumerate(rows):
-        for run in row.runs:
-            if not run["curves"]:
-                continue
-            colour, (bins, points) = f"C{i}", (run["curves"][k] for k in ("bins", "points"))
-            log_lambda = math.log10(run["numbers"]["lambda1"])
-            axis.plot(points["log_t"], points["log_sigma"], ".", ms=2, alpha=0.35, color=colour)
-            axis.plot(bins["log_t"], bins["log_sigma"], "o-", ms=4, color=colour, label=row.name)
-            axis.plot(bins["log_t"], [(log_lambda - t) / 4 for t in bins["log_t"]], "--",
-                      color=colour, label=f"{row.name}: (lambda1 / T)^(1/4)")
-    axis.set(xlabel="log10 T (lines: of the loss, binned; dots: of Eq. 7)",
-             ylabel="log10 sigma")
-
-
-def draw(results: Path, arms: list[Any]) -> None:
-    """All tables and figures.  `arms` are those that have been declared."""
-    runs = read_runs(results)
-    runtime.lock(results)
-    for number, question in QUESTIONS.items():
-        names = {arm.name: arm.family for arm in arms if number in arm.questions}
-        rows = [Row(name, family, [run for run in runs if run["arm"] == name])
-                for name, family in names.items()]
-        notes = [] if number in (3, 5) else best_of_families(rows)
-        write_table(number, rows, explained(runs) if number == 6 else notes,
-                    results / f"question{number}.md")
-        figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
-        draw_equilibrium(axis, rows) if number == 5 else draw_points(axis, rows, question)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-        axis.set_title(f"{number}. {question.title}", fontsize=10)
         axis.grid(alpha=0.3)
-        with runtime.atomic(results / f"question{number}.png") as temporary:
-            figure.savefig(temporary, dpi=110)
-        plt.close(figure)
-    print(f"wrote {len(QUESTIONS)} tables and figures of {len(runs)} runs to {results}")
+    law.legend(frameon=False, fontsize=8)
+    weights.legend(frameon=False, fontsize=8)
+    with runtime.atomic(path) as temporary:
+        figure.savefig(temporary, dpi=80)
+    plt.close(figure)
 
 
+def draw(results: Path, rung: str) -> None:
+    arms = read_arms(results, rung)
+    runtime.lock(results)
+    with runtime.atomic(results / "law.md") as temporary:
+        temporary.write_text(tables(arms, rung))
+    draw_figure(arms, QUALITY[rung][1], results / "law.png")
+    print(f"wrote law.md and law.png of {len(arms)} arms to {results}")

@@ -1,359 +1,307 @@
-"""Does it hold?  The paper's claims, asked at the size of a small machine.
+"""When does variance expansion win?  Images, from a poor transformer to a good one.
 
-    laptop   python -m studies.experiments --list      # the arms
-             python -m studies.experiments --only "KL 1e-6" 5
-             python -m studies.experiments --draw      # tables and figures
-    one GPU  python -m studies.experiments --scale 4 --count 10000 --euler 250
+    laptop   python -m studies.experiments --list       # the arms of the built-in shapes
+             python -m studies.experiments --only "KL 1e-6" "VE 1e-3"
+             python -m studies.experiments --draw       # tables and the figure
+    one GPU  python -m studies.experiments --rung photographs --data DIR
 
-An arm is a tokenizer, a transformer on its latents, samples, and their scores.
-Each of these is a stage of this project, in a process of its own.  A finished
-arm is one JSON file in RESULTS/arms, and all tables and figures are drawn from
-these files alone.  The same command goes on where an earlier one was stopped.
+This asks of images what studies/toy_law.py asks of the toy, in the same words.  An
+arm is a tokenizer, trained to its end, and one transformer that is looked at after 1,
+2, 4 ... 32 units of its training.  A look measures the error e of the transformer, what
+such an error costs the decoder, and what the samples are worth.
+
+A finished arm is one JSON file under RESULTS/RUNG/arms, and all tables and figures are
+drawn from these alone.  The same command goes on where an earlier one was stopped.  Two
+may run side by side if they have other seeds and another --out.
 """
 
-import hashlib
-import json
-import os
-import re
-import shlex
 import shutil
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import runtime  # before torch, which it tells how threads wait
 
+import torch
+from scipy import stats
+from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
+import data
+import flow
+import frozen
+import metrics
+import models
 from runtime import InputError
 from studies import answers
-from studies.records import read_log, read_scores
+from studies.records import (   # noqa: F401, some are for those who import them from here
+    Arm, Plan, collect, execute, is_done, is_filled, result_path, run_stages, slug)
 
 # ------------------------------------------------------------------------------
-# The size of every arm.  `edition` goes up when the code changes what an arm
-# gives: arms of another edition are run again, and not compared with these.
+# The sizes.  `edition` goes up when the code changes what an arm gives.  Trainings are
+# in units of dit_steps.  The rate of the preset "small" is constant after its first 100
+# steps, so that a longer training begins as a shorter one; its averaged weights stand in
+# for a cool-down, as in the toy.  Without `starts`, the times at which real latents enter
+# the sampler, there are no looks.
 
 RECIPE: dict[str, Any] = dict(
-    edition=2, preset="small", tokenizer_steps=1000, dit_steps=600, batch=32,
-    precision="bf16", optimizer="muon", lr="4e-3", euler=50, count=1000,
-    measured=32, smoke=False)
-SMOKE = dict(tokenizer_steps=4, dit_steps=4, batch=4, precision="fp32", euler=2,
-             count=16, measured=4, smoke=True)
+    edition=3, preset="small", tokenizer_steps=1000, dit_steps=600, batch=32, network="",
+    precision="bf16", optimizer="muon", lr="4e-3", euler=50, count=1000, trainings=(1,),
+    starts=(), smoke=False)
+SMOKE = dict(tokenizer_steps=4, dit_steps=4, batch=4, precision="fp32", euler=2, count=16,
+             smoke=True)
+LADDER = RECIPE | dict(
+    trainings=(1, 2, 4, 8, 16, 32), starts=(0.3, 0.5, answers.START, 0.9), euler=25, count=2000)
+RUNGS = {
+    "shapes": LADDER | dict(tokenizer_steps=2300, dit_steps=250, network=" --model shapes"),
+    "photographs": LADDER | dict(tokenizer_steps=9000, dit_steps=1000)}
+LEVELS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0   # of injected errors, as shares of the spread
 
+# ------------------------------------------------------------------------------
+# The arms: family, values, flags of the tokenizer.  A latent value stands for 12 pixel
+# values, half of the paper's 24, so that the paper's lambda1 = 0.1 is 0.05 here.  The
+# weight of the sigma-VAE's mean is LatentLM's.  GAE's noise and normalised latent come
+# without its teacher.
 
-@dataclass(frozen=True)
-class Arm:
-    """Arms of one family differ in one value.  The flags are of training."""
-    family: str
-    value: str
-    questions: tuple[int, ...]
-    tokenizer: str
-    dit: str = ""
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.family} {self.value}"
-
-    @property
-    def key(self) -> str:
-        return f"{self.name} seed {self.seed}"
-
-
-# Family, values, questions, flags of the tokenizer, flags of the transformer.
-# The demo tokenizer has 6 pixel values for each latent value, and f16d32 has 24.
-# So the paper's lambda1 = 0.1 is large here, and LatentLM's 0.01 is 0.06 of sums.
+NETWORK = "--preset demo --batch 16 --precision bf16"
 KL, VE = "--loss kl --kl-weight {}", "--loss ve --lambda1 {}"
 SIGMA = "--loss sigma --sigma-mode fixed --mean-weight 0.06 --sigma {}"
-DECLARED = [
-    ("KL", "1e-6", "1678", KL),
-    ("VE", "0.1", "12345678", VE),
-    ("VE", "0.01 0.001", "1234567", VE),
-    ("VE", "0.0001", "12347", VE),
-    ("KL", "1e-2", "167", KL),
-    ("KL", "1e-4 0.1 0.5 1 2 8", "17", KL),
-    ("sigma-VAE", "0.2", "267", SIGMA),
-    ("sigma-VAE", "0.1 0.5", "27", SIGMA),
-    ("VE", "0.03 0.3", "347", VE),
-    ("VE lambda2", "0 1e-8 1e-4", "3", "--loss ve --lambda1 0.1 --lambda2 {}"),
-    ("VE tau", "0 2 3", "3", "--loss ve --lambda1 0.1 --tau {}"),
-    ("VE delta", "1e-8 1e-4 1e-2", "3", "--loss ve --lambda1 0.1 --delta {}"),
-    ("negative variance", "0.003 0.01 0.03", "4",
-     "--loss negative-variance --lambda1 {}"),
-    ("log-entropy", "0.01 0.03 0.1", "4", "--loss log-entropy --lambda1 {}"),
-    ("VE AdamW", "1e-3 2e-3", "8", "--loss ve --lambda1 0.1", "adamw"),
-    ("VE Muon", "1e-3", "8", "--loss ve --lambda1 0.1", "muon"),
-    ("KL AdamW", "1e-3 2e-3", "8", "--loss kl --kl-weight 1e-6", "adamw"),
-    ("KL Muon", "1e-3", "8", "--loss kl --kl-weight 1e-6", "muon"),
-]
+GAE = "--loss sigma --mean-weight 0 --model gae-demo --sigma {}"
+DECLARED = {
+    "shapes": [("KL", "1e-6 1e-2", KL), ("VE", "1e-3 1e-2 0.1 1", VE),
+               ("sigma-VAE", "0.2 0.1 0.5", SIGMA)],
+    "photographs": [("KL", "1e-6 1e-2", KL), ("VE", "1e-2 0.1", VE),
+                    ("sigma-VAE", "0.2", SIGMA), ("GAE", "0.2", GAE)]}
+# The second KL weight is the best of these at seed 0, which is paired with nothing else.
+# It is 1e-2 until they have been run.
+CANDIDATES = {"shapes": [("KL", "1e-4 1e-3 1e-2 0.1 1", KL)], "photographs": []}
 
 
-def table_of_arms(seeds: int = 3) -> list[Arm]:
-    """All arms with seed 0; then, for questions 1 and 2, those with others."""
-    arms = []
-    for family, values, questions, tokenizer, *dit in DECLARED:
-        for value in values.split():
-            own = f"--optimizer {dit[0]} --lr {value}" if dit else ""
-            arms.append(Arm(family, value, tuple(map(int, questions)),
-                            tokenizer.format(value), own))
-    again = [arm for arm in arms if {1, 2} & set(arm.questions)]
-    return arms + [replace(arm, seed=seed)
-                   for seed in range(1, seeds) for arm in again]
+def table_of_arms(rung: str, seeds: Sequence[int]) -> list[Arm]:
+    """All arms of a seed before those of the next, so that a part of the list is paired."""
+    return [Arm(family, value, (rung,), f"{NETWORK} {flags.format(value)}", seed)
+            for seed in seeds
+            for family, values, flags in (DECLARED if seed else CANDIDATES)[rung]
+            for value in values.split()]
 
 
 # ------------------------------------------------------------------------------
-# From an arm to commands.  The name of a folder holds a digest of all that
-# decides what is in it, so that equal tokenizers are trained once, and changed
-# settings lead to another folder.
+# What a look is made of.  Latents are in the transformer's units, which are their spread.
 
 
-def digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True).encode()
-    return hashlib.blake2b(text, digest_size=4).hexdigest()
+def size(errors: Tensor) -> float:
+    """e: the median length of errors [n, ...] over that of N(0, I), as in the toy."""
+    lengths = errors.flatten(1).double().norm(dim=1)
+    return lengths.median().item() / float(stats.chi.median(errors[0].numel()))
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+def arrival(x_t: Tensor, t: float, mean: Tensor, std: Tensor) -> Tensor:
+    """Where the exact flow carries x_t if the data are one posterior, N(mean, std^2).
 
-
-@dataclass(frozen=True)
-class Plan:
-    arm: Arm
-    recipe: dict[str, Any]
-    data: str
-    out: Path
-    device: str
-
-    def settings(self) -> dict[str, str]:
-        """All that decides the numbers.  The data go by the folder's name."""
-        r, arm = self.recipe, self.arm
-        common = f"--batch {r['batch']} --seed {arm.seed}"
-        optimizer = arm.dit or f"--optimizer {r['optimizer']} --lr {r['lr']}"
-        return {
-            "tokenizer": f"--preset {r['preset']} --data {shlex.quote(Path(self.data).name)} "
-                         f"--steps {r['tokenizer_steps']} {common} {arm.tokenizer}",
-            "dit": f"--preset {r['preset']} --precision {r['precision']} "
-                   f"--steps {r['dit_steps']} {common} {optimizer}",
-            "scores": f"{r['tokenizer_steps']} + {r['dit_steps']} steps of "
-                      f"{r['batch']} images, {r['count']} samples by {r['euler']} "
-                      f"Euler steps, edition {r['edition']} of the code"}
-
-    def folder(self, stage: str) -> Path:
-        settings = self.settings()
-        names = list(settings)
-        so_far = [settings[name] for name in names[:names.index(stage) + 1]]
-        name = self.arm.tokenizer if stage == "tokenizer" else self.arm.name
-        return self.out / stage / f"{slug(name)}-{digest(so_far)}"
-
-    def stages(self) -> list[tuple[str, Path]]:
-        """Commands, each with the file that says that it has been done."""
-        r, settings = self.recipe, self.settings()
-        folders = {stage: self.folder(stage) for stage in settings}
-        tokenizer, dit, scores = (shlex.quote(str(folders[stage])) for stage in settings)
-        common = f"--device {self.device}" + " --smoke" * r["smoke"]
-        data = f"--data {shlex.quote(self.data)} --workers 0"
-        trained = f"{tokenizer}/checkpoint.pt"
-        commands = [
-            (f"train_tokenizer.py {settings['tokenizer']} {data} {common}"
-             f" --out {tokenizer}", folders["tokenizer"] / "trained"),
-            (f"train_dit.py {settings['dit']} {data} {common} --out {dit}"
-             f" --tokenizer {trained} --cache {tokenizer}/latents",
-             folders["dit"] / "trained"),
-            (f"sample.py --preset plain --dit {dit}/checkpoint.pt"
-             f" --out {scores}/samples"
-             f" --count {r['count']} --steps {r['euler']} --batch {r['batch']}"
-             f" --seed {self.arm.seed} --precision {r['precision']} {common}",
-             folders["scores"] / "samples/samples.json"),
-            (f"evaluate.py --tokenizer {trained} --limit {r['count']} {common}"
-             f" --workers 0 --out {scores}/tokenizer",
-             folders["scores"] / "tokenizer/results.json"),
-            (f"evaluate.py --samples {scores}/samples/samples.npz {common}"
-             f" --workers 0 --out {scores}/samples",
-             folders["scores"] / "samples/results.json")]
-        if self.arm.seed == 0 and {5, 6} & set(self.arm.questions):
-            commands.append(
-                (f"-m studies.equilibrium {dit}/checkpoint.pt {scores}/measured.json"
-                 f" --steps {r['euler']} --count {r['measured']} --device {self.device}",
-                 folders["scores"] / "measured.json"))
-        return commands
-
-
-# ------------------------------------------------------------------------------
-# Running.  What is done is not done again.  Some disks leave an empty file when the
-# power fails, and it counts as missing.
-
-# With this a stage watches its parent, as under torchrun, and ends when that is gone.
-BOUND = {"TORCHELASTIC_RUN_ID": "experiments"}
-
-
-def execute(command: str) -> str:
-    """Run a stage on one thread.  Returns "", or the last line of its complaint.
-
-    Ctrl-C does not reach the stage itself.  It is asked to stop, and saves its work.
+    x_t keeps its place in a normal distribution of mean t mean and of variance
+    t^2 std^2 + (1 - t)^2.  Other posteriors do not matter while they are far from x_t.
     """
-    stage = subprocess.Popen(
-        [sys.executable, *shlex.split(command)], text=True, errors="replace",
-        env=os.environ | BOUND | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        _, said = stage.communicate()
-    except BaseException:
-        stage.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            stage.communicate(timeout=8)
-        stage.kill()
-        raise
-    if stage.returncode < 0:
-        return f"killed by signal {-stage.returncode}"
-    lines = re.split(r"[\r\n]+", said.strip())
-    return "" if stage.returncode == 0 else lines[-1] or f"status {stage.returncode}"
+    return mean + std * (x_t - t * mean) / (t**2 * std.square() + (1 - t) ** 2).sqrt()
 
 
-def is_filled(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+def carry(velocity: flow.Velocity, x_t: Tensor, t: float, steps: int) -> Tensor:
+    """Integrate from t to 1, in steps that are about as long as `steps` from 0 would be."""
+    count = max(1, round((1 - t) * steps))
+    return flow.euler(lambda x, s: (1 - t) * velocity(x, t + (1 - t) * s), x_t, count)
 
 
-def result_path(results: Path, arm: Arm) -> Path:
-    return results / "arms" / f"{slug(arm.key)}.json"
+def normal_like(errors: Tensor, g: torch.Generator) -> Tensor:
+    """Normal noise [n, C, h, w] whose channels have the second moments of the errors'."""
+    rows = errors.movedim(1, -1).double().cpu()
+    moments = torch.cov(rows.flatten(0, -2).T, correction=0)
+    mean = rows.flatten(0, -2).mean(0)
+    root = metrics.Gaussian(len(rows), mean, moments + torch.outer(mean, mean)).root
+    noise = torch.randn(rows.shape, generator=g, dtype=rows.dtype) @ root.T
+    return noise.movedim(-1, 1).to(errors)
 
 
-def is_done(plan: Plan, results: Path) -> bool:
-    path = result_path(results, plan.arm)
-    return is_filled(path) and runtime.read_json(path).get("settings") == plan.settings()
+def distance_in_sigmas(z: Tensor, mean: Tensor, std: Tensor) -> float:
+    """Median RMS distance of z [N, ...] to the nearest posterior [M, ...], in its sigmas."""
+    z, mean, std = (a.flatten(1).double() for a in (z, mean, std))
+    weight = 1 / std.square()
+    square = z.square() @ weight.T - 2 * z @ (mean * weight).T + (mean.square() * weight).sum(1)
+    return (square.amin(1).clamp(min=0) / z.shape[1]).sqrt().median().item()
+
+
+class Bench:
+    """A tokenizer, n held-out images with their latents, and n training images.
+
+    z, mean, std   of the held-out images' posteriors
+    known          mean and std of the training images' posteriors
+    reference      the Gaussian of the training images' features, for FD
+    """
+
+    def __init__(self, tokenizer: Path, dit: Path, n: int, seed: int, device: torch.device):
+        self.tokenizer, origin = checkpoints.load_tokenizer(tokenizer)
+        self.tokenizer.to(device)
+        file, config, self.seed = checkpoints.read(dit, "dit"), origin["config"], seed
+        self.centre, self.spread = (file[f"latent_{k}"].to(device) for k in ("mean", "std"))
+        self.net = frozen.load_features("auto", config["data"], config["size"], device)
+        found = {}
+        for split in "train", "val":
+            images = data.open_dataset(config["data"], config["size"], split, config["seed"])
+            parts = [(part["pixels"], part["y"], *self.posterior(part["pixels"]))
+                     for part in data.once(images, 64, limit=n, device=device)]
+            found[split] = [torch.cat(column) for column in zip(*parts)]
+        pixels, _, *self.known = found["train"]
+        self.reference = self.features(pixels)[0]
+        self.pixels, self.y, self.mean, self.std = found["val"]
+        eps, scale = self.noise("z", self.mean), self.noise("scale", self.mean[:, 0, 0, 0])
+        self.z = self.tokenizer.sample(self.mean, self.std, eps, scale)
+
+    def noise(self, name: str, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=runtime.generator(self.seed, name)).to(like)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.tokenizer.posterior(data.from_uint8(pixels))
+        return (flow.normalize(mean, self.centre, self.spread),
+                (logvar / 2).exp() / self.spread[:, None, None])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The pictures of latents, uint8."""
+        parts = flow.denormalize(z, self.centre, self.spread).split(64)
+        return torch.cat([data.to_uint8(self.tokenizer.decode(part)) for part in parts])
+
+    def features(self, pixels: Tensor) -> tuple[metrics.Gaussian, Tensor]:
+        moments, rows = metrics.Moments(), torch.cat([self.net(p)[0] for p in pixels.split(64)])
+        moments.add(rows)
+        return moments.fit(), rows
+
+    def score(self, pixels: Tensor, y: Tensor) -> dict[str, float]:
+        """FD; for shapes also the share in % in which the judge does not see y."""
+        gaussian, rows = self.features(pixels)
+        found = {"fd": metrics.frechet_distance(self.reference, gaussian)}
+        if self.net.name == "Shapes":
+            sure = metrics.recognised(self.net.head(rows).softmax(1), y)
+            found["invalid"] = 100 * (1 - sure)
+        return found
+
+    def judge(self, z: Tensor, y: Tensor) -> dict[str, float]:
+        """Scores, the error of a round trip through the picture, and how near real z are."""
+        pixels = self.decode(z)
+        return self.score(pixels, y) | {"round_trip": size(self.posterior(pixels)[0] - z),
+                                        "distance": distance_in_sigmas(z, *self.known)}
+
+    def psnr(self, z: Tensor) -> float:
+        return metrics.psnr(self.decode(z), self.pixels).mean().item()
+
+    def real(self) -> dict[str, Any]:
+        """Real latents, where a perfect transformer would end; and the images themselves."""
+        return {"sigma": self.std.mean().item(), "psnr": self.psnr(self.z),
+                **self.judge(self.z, self.y), "images": self.score(self.pixels, self.y)}
+
+    def look(self, dit: models.DiT, starts: Sequence[float], steps: int) -> dict[str, Any]:
+        """All that is measured of a transformer.
+
+        generated  its samples, from noise
+        starts     of real latents that enter the sampler, noised, at time t: the error e of
+                   their ends against the exact flow's, and against themselves; the PSNR
+                   that the ends lose, and that real latents lose by such normal noise
+        injected   real latents with such noise, as at the time START
+        curve      the PSNR that they lose by this noise when it is made of another size
+        """
+        null = dit.config["num_classes"]
+        y = torch.arange(len(self.z), device=self.z.device) % null
+        psnr, found = self.psnr(self.z), {"starts": {}}
+
+        def end(x_t: Tensor, labels: Tensor, t: float) -> Tensor:
+            return torch.cat([carry(flow.guided_velocity(dit, part_y, null, 1.0), part, t, steps)
+                              for part, part_y in zip(x_t.split(100), labels.split(100))])
+
+        found["generated"] = self.judge(end(self.noise("samples", self.z), y, 0.0), y)
+        for t in starts:
+            x_t = flow.interpolate(self.z, self.noise("starts", self.z), self.z.new_tensor([t]))
+            ends = end(x_t, self.y, t)
+            errors = ends - arrival(x_t, t, self.mean, self.std)
+            extra = normal_like(errors, runtime.generator(self.seed, "injected"))
+            found["starts"][str(t)] = {
+                "e": size(errors), "from_z": size(ends - self.z),
+                "loss": psnr - self.psnr(ends), "injected": psnr - self.psnr(self.z + extra)}
+            if t == answers.START:
+                found["injected"] = self.score(self.decode(self.z + extra), self.y)
+                found["curve"] = [[e, psnr - self.psnr(self.z + e / size(extra) * extra)]
+                                  for e in LEVELS]
+        return found
+
+
+# ------------------------------------------------------------------------------
+# Running.  What is done is not done again.
+
+
+@torch.no_grad()
+def look_at(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    """Real latents, and a row for each training.  Each look has a file of its own."""
+    r, device, bench, found = plan.recipe, runtime.start(plan.device).device, None, []
+    torch.set_float32_matmul_precision("highest")   # TF32 would change features
+    for training in (0, *r["trainings"]):
+        path = plan.folder("scores") / f"look-{training}.json"
+        if not is_filled(path):
+            say(f"{plan.arm.key}: a look at {training} x {r['dit_steps']} steps")
+            copy = plan.looks()[training or 1]
+            bench = bench or Bench(plan.folder("tokenizer") / "checkpoint.pt", copy, r["count"],
+                                   plan.arm.seed, device)
+            dit, _ = checkpoints.load_dit(copy)
+            row = bench.look(dit.to(device), r["starts"], r["euler"]) if training else bench.real()
+            runtime.write_json(path, {"training": training} | row)
+        found.append(runtime.read_json(path))
+    return {"real": found[0], "rows": found[1:]}
 
 
 def run_arm(plan: Plan, results: Path, say: Callable[[str], None]) -> None:
-    """The stages that are not done, and the file of the arm."""
-    # The features of the real images are the same for every arm.
-    link, cache = plan.folder("scores") / "samples/cache", plan.out / "features"
-    for folder in (link.parent, cache):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not link.exists():
-        link.unlink(missing_ok=True)   # it may lead nowhere
-        link.symlink_to(cache.resolve())
-    for command, done in plan.stages():
-        if is_filled(done):
-            continue
-        stage = command.removeprefix("-m ").split()[0]
-        say(f"{plan.arm.key}: {stage}")
-        problem = execute(command)
-        if problem:
-            raise InputError(f"{plan.arm.key}, {stage}: {problem}; the same command "
-                             "goes on from here")
-        if not is_filled(done):   # a training writes no file of its own at its end
-            runtime.write_json(done, {"command": command})
-    runtime.write_json(result_path(results, plan.arm), collect(plan))
-    shutil.rmtree(plan.folder("tokenizer") / "latents", ignore_errors=True)  # 100 MB
-
-
-# ------------------------------------------------------------------------------
-# The file of an arm, from what its stages have left.
-
-
-def collect(plan: Plan) -> dict[str, Any]:
-    """What the arm is, how it was made, and its numbers."""
-    try:
-        found = read_numbers(plan)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        folders = ", ".join(map(str, map(plan.folder, plan.settings())))
-        raise InputError(f"{plan.arm.key}: a log or a score is damaged or not of this arm "
-                         f"({error!r}): remove {folders}, and give the same command "
-                         "again") from None
-    return {"arm": plan.arm.name, "seed": plan.arm.seed, "settings": plan.settings(),
-            "versions": runtime.versions(), "date": time.strftime("%Y-%m-%d"),
-            "hardware": runtime.device_name(runtime.start(plan.device).device)} | found
-
-
-def read_numbers(plan: Plan) -> dict[str, Any]:
-    tokenizer, dit, scores = map(plan.folder, plan.settings())
-    held_out = [row["held_out"] for row in read_log(tokenizer) if "held_out" in row][-1]
-    losses = [row["velocity"] for row in read_log(dit) if "velocity" in row]
-    numbers = {k: held_out.get(k) for k in ("sigma2", "relative_noise", "spread")}
-    if plan.arm.family == "sigma-VAE":   # the same for every image
-        sigma = float(plan.arm.value)
-        numbers |= {"sigma2": sigma**2, "relative_noise": sigma / held_out["spread"]}
-    late = losses[-max(1, len(losses) // 3):]
-    numbers["flow_loss"] = statistics.mean(late)
-    of = {"tokenizer": {"PSNR": "psnr", "rFD": "rfd", "rFID": "rfd"},
-          "samples": {"FD": "fd", "FID": "fd", "KD": "kd", "KID": "kd"}}
-    for part, names in of.items():
-        row = read_scores(scores / part / "results.json")[0]
-        for metric, value in row["metrics"].items():
-            if metric.split("-")[0] in names and "real images" not in metric:
-                numbers[names[metric.split("-")[0]]] = value
-        for point in row.get("curve", ()):
-            if point["noise"] == "relative":
-                numbers[f"psnr_{point['level']:g}"] = point["PSNR"]
-    measured = scores / "measured.json"
-    extra = runtime.read_json(measured) if measured.exists() else {}
-    curves = {k: extra.pop(k) for k in ("bins", "points") if k in extra}
-    return {"features": row["protocol"]["features"], "numbers": numbers | extra,
-            "curves": curves}
-
-
-# ------------------------------------------------------------------------------
-
-
-def select(arms: list[Arm], wanted: list[str] | None) -> list[Arm]:
-    """The arms of these names, with or without a seed, or of these questions."""
-    known = {key for arm in arms for key in (arm.name, arm.key)} | set(map(str, answers.QUESTIONS))
-    for name in wanted or ():
-        if name not in known:
-            raise InputError(f"--only {name}: no arm or question has that name; see --list")
-    return [arm for arm in arms if not wanted
-            or {arm.name, arm.key, *map(str, arm.questions)} & set(wanted)]
+    """The stages and looks that are not done, and the file of the arm."""
+    run_stages(plan, execute, say)
+    found = collect(plan) | (look_at(plan, say) if plan.recipe["starts"] else {})
+    runtime.write_json(result_path(results, plan.arm), found)
+    shutil.rmtree(plan.folder("tokenizer") / "latents", ignore_errors=True)   # 100 MB
 
 
 @runtime.command
 def main(argv: list[str] | None = None) -> None:
     p = runtime.Parser(__doc__)
-    add, count = p.add_argument, runtime.positive_int
+    add = p.add_argument
     add("--list", action="store_true", help="print the arms, run nothing")
-    add("--draw", action="store_true", help="redraw tables and figures, run nothing")
-    add("--only", nargs="+", metavar="NAME", help="arms by name, questions by number")
-    add("--data", default="cifar10_subset", help="a folder, cifar10 or shapes")
-    add("--scale", type=runtime.positive, default=1.0,
-        help="factor on the steps of both trainings")
-    add("--count", type=count, help="images that are sampled and reconstructed")
-    add("--euler", type=count, help="Euler steps of the samples")
-    add("--seeds", type=count, default=3, help="of questions 1 and 2; the rest has one")
+    add("--draw", action="store_true", help="redraw tables and the figure, run nothing")
+    add("--rung", choices=RUNGS, default="shapes", help="the images, and the sizes of networks")
+    add("--only", nargs="+", metavar="NAME", help="arms by name, with or without a seed")
+    add("--seeds", type=runtime.seed, nargs="+", default=[0, 1, 2, 3],
+        help="0: KL weights to choose from; others: all arms")
+    add("--data", help="a folder, cifar10 or shapes; else shapes, or cifar10 for photographs")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--out", type=Path, default=Path("runs/experiments"), help="folder of the runs")
-    add("--results", type=Path, default=Path("results/experiments"),
-        help="folder of JSON files, tables and figures")
+    add("--out", type=Path, default=Path("runs/law"), help="folder of the runs")
+    add("--results", type=Path, default=Path("results/law"), help="folder of what is found")
     add("--smoke", action="store_true", help="one tiny arm of shapes")
-    smoke = Path("runs/smoke/experiments")
-    args = p.parse(argv, smoke=dict(data="shapes", only=["VE 0.1 seed 0"], out=smoke,
-                                    results=smoke / "results"))
+    args = p.parse(argv, smoke=dict(only=["VE 1e-3"], seeds=[1], out=Path("runs/smoke/law"),
+                                    results=Path("runs/smoke/law/results")))
+    results = args.results / args.rung
     if args.draw:
-        return answers.draw(args.results, table_of_arms(1))
-    recipe = RECIPE | (SMOKE if args.smoke else {})
-    for key in ("count", "euler"):
-        recipe[key] = getattr(args, key) or recipe[key]
-    for key in ("tokenizer_steps", "dit_steps"):
-        recipe[key] = max(1, round(args.scale * recipe[key]))
-    plans = [Plan(arm, recipe, args.data, args.out, args.device)
-             for arm in select(table_of_arms(args.seeds), args.only)]
+        return answers.draw(results, args.rung)
+    recipe = RUNGS[args.rung] | (SMOKE | dict(trainings=(1, 2)) if args.smoke else {})
+    source = args.data or ("shapes" if args.rung == "shapes" else "cifar10")
+    plans = [Plan(arm, recipe, source, args.out, args.device)
+             for arm in table_of_arms(args.rung, args.seeds)]
+    known = {name for plan in plans for name in (plan.arm.name, plan.arm.key)}
+    if unknown := set(args.only or ()) - known:
+        raise InputError(f"--only {min(unknown)}: no arm has that name; see --list")
+    plans = [plan for plan in plans
+             if not args.only or {plan.arm.name, plan.arm.key} & {*args.only}]
     if args.list:
         for plan in plans:
-            done = "done" if is_done(plan, args.results) else ""
-            print(f"{plan.arm.key:34} {' '.join(map(str, plan.arm.questions)):18} {done}")
+            print(f"{plan.arm.key:24} {'done' if is_done(plan, results) else ''}")
         return
-    if args.data not in ("shapes", "cifar10") and not Path(args.data).is_dir():
-        raise InputError(f"--data {args.data} is not a folder: see RESULTS.md")
+    if source not in ("shapes", "cifar10") and not Path(source).is_dir():
+        raise InputError(f"--data {source} is not a folder: see RESULTS.md")
     rt = runtime.start(args.device)
-    runtime.claim(rt, args.out)
-    runtime.claim(rt, args.results)
-    bar = tqdm([plan for plan in plans if not is_done(plan, args.results)], "arms")
+    runtime.claim(rt, args.out, results / "law.md")
+    bar = tqdm([plan for plan in plans if not is_done(plan, results)], "arms")
     for plan in bar:
-        run_arm(plan, args.results, bar.write)
-    answers.draw(args.results, table_of_arms(1))
+        run_arm(plan, results, bar.write)
+    answers.draw(results, args.rung)
 
 
 if __name__ == "__main__":

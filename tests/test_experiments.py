@@ -1,94 +1,100 @@
-"""The experiments: the arms, one of them end to end, and the answers.
+"""The experiments: the arms, what a look measures, one arm end to end, and the answers.
 
 The stages run in this process here, because starting Python takes longer.
 """
 
 import importlib
 import json
+import math
 import os
 import shlex
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runtime
+import scipy.stats
 import torch
 from torch.testing import assert_close
 
+import checkpoints
+import toy2d
+import train_dit
+import train_tokenizer
 from runtime import InputError
 from studies import answers, experiments, train_judge
 
-ARM = "VE 0.1 seed 0"
-STAGES = ["train_tokenizer", "train_dit", "sample", "evaluate", "evaluate",
-          "studies.equilibrium"]
-ARMS = {arm.key: arm for arm in experiments.table_of_arms()}
+STAGES = ["train_tokenizer", "train_dit", "train_dit", "sample", "evaluate", "evaluate"]
+CASES = [(rung, arm) for rung in experiments.RUNGS
+         for arm in experiments.table_of_arms(rung, [1, 2, 3, 0])]
 
 
-def plan(key: str, **recipe) -> experiments.Plan:
-    return experiments.Plan(ARMS[key], experiments.RECIPE | recipe,
-                            "cifar10_subset", Path("runs"), "cpu")
+def plan(arm: experiments.Arm = CASES[2][1], rung: str = "shapes", **recipe) -> experiments.Plan:
+    return experiments.Plan(arm, experiments.RUNGS[rung] | recipe, "pictures", Path("runs"), "cpu")
 
 
 def split(command: str) -> tuple[str, list[str]]:
     """The module and the flags of a command."""
     first, *flags = shlex.split(command)
-    return (flags.pop(0), flags) if first == "-m" else (first[:-3], flags)
+    return first[:-3], flags
 
 
 # ------------------------------------------------------------------------------
 # The arms.
 
 
-def test_every_question_has_arms_and_no_two_arms_are_alike():
-    asked = {n for arm in ARMS.values() for n in arm.questions}
-    assert asked == set(answers.QUESTIONS)
-    assert len(ARMS) == len(experiments.table_of_arms())
-    for alike in (lambda key: plan(key).folder("scores"),
-                  lambda key: experiments.result_path(Path(), ARMS[key])):
-        assert len(set(map(alike, ARMS))) == len(ARMS)
-    weights = [float(arm.value) for arm in ARMS.values()
-               if arm.family == "KL" and arm.seed == 0]
-    assert sorted(weights) == [1e-6, 1e-4, 1e-2, 0.1, 0.5, 1, 2, 8]   # Table 2's
+def test_the_arms_that_are_asked_for():
+    keys = {rung: [arm.key for other, arm in CASES if other == rung]
+            for rung in experiments.RUNGS}
+    assert all(len(set(found)) == len(found) for found in keys.values())
+    assert len(keys["photographs"]) == 3 * 6 and len(keys["shapes"]) == 3 * 9 + 5
+    families = [key.split()[0] for key in keys["shapes"][:9]]
+    assert [families.count(family) for family in ("KL", "VE", "sigma-VAE")] == [2, 4, 3]
+    assert sum(key.endswith("seed 0") for key in keys["shapes"]) == 5
+    assert len({plan(arm, rung).folder("scores") for rung, arm in CASES}) == len(CASES)
 
 
 def test_the_stages_take_the_flags_of_every_arm(monkeypatch):
     monkeypatch.setattr(runtime, "regular", Path)   # their files are not there yet
-    for key, arm in ARMS.items():
-        parsed = {}
-        for command, _ in plan(key).stages():
+    for rung, arm in CASES:
+        steps, parsed = [], {}
+        for command, _ in plan(arm, rung).stages():
             module, flags = split(command)
-            if not module.startswith("studies"):
-                parsed[module] = importlib.import_module(module).parse(flags)
+            parsed[module] = importlib.import_module(module).parse(flags)
+            steps += [parsed[module].steps] if module == "train_dit" else []
+        unit = plan(arm, rung).recipe["dit_steps"]
+        assert steps == [unit, 2 * unit, 4 * unit, 8 * unit, 16 * unit, 32 * unit]
         tokenizer, dit = parsed["train_tokenizer"], parsed["train_dit"]
-        assert (tokenizer.loss == "kl") == arm.family.startswith("KL")
-        assert (dit.optimizer == "adamw") == ("AdamW" in key)
-        if arm.family == "VE lambda2":
-            assert (tokenizer.lambda1, tokenizer.lambda2) == (0.1, float(arm.value))
-        if "AdamW" in key or "Muon" in key:
-            assert dit.lr == float(arm.value)
-        assert parsed["sample"].steps == 50 and parsed["sample"].count == 1000
+        assert (tokenizer.loss == "kl") == (arm.family == "KL")
+        assert tokenizer.cooldown > 0   # so that it ends flat
+        if rung == "shapes":   # to the end of its preset
+            demo = train_tokenizer.PRESETS["demo"]
+            assert (tokenizer.steps, tokenizer.batch) == (demo["steps"], demo["batch"])
+        # A training that goes on has to have the rate that it would have had.
+        assert dit.cooldown == 0 and "steps" in train_dit.FREE
+        assert dit.model == ("shapes" if rung == "shapes" else "demo")
+        assert parsed["sample"].count == parsed["evaluate"].limit == 2000
 
 
 def test_equal_tokenizers_are_one_folder_and_changed_settings_another():
-    a, b = plan(ARM), plan("VE Muon 1e-3 seed 0")
-    assert a.folder("tokenizer") == b.folder("tokenizer")
-    assert a.folder("dit") != b.folder("dit")
-    assert a.folder("tokenizer") != plan("VE 0.1 seed 1").folder("tokenizer")
-    longer, finer = plan(ARM, dit_steps=3), plan(ARM, euler=250)
+    a, longer, finer = plan(), plan(dit_steps=3), plan(euler=250)
+    assert a.folder("tokenizer") != plan(replace(a.arm, seed=7)).folder("tokenizer")
     assert longer.folder("tokenizer") == a.folder("tokenizer")
     assert longer.folder("dit") != a.folder("dit") == finer.folder("dit")
     assert finer.folder("scores") != a.folder("scores")
-    assert replace(a, data="else/where/cifar10_subset").settings() == a.settings()
+    assert plan(trainings=(1, 64)).folder("dit") == a.folder("dit")
+    assert replace(a, data="else/where/pictures").settings() == a.settings()
 
 
 def test_folders_may_have_spaces_in_their_names():
-    spaced = replace(plan(ARM), data="my pictures", out=Path("my runs"))
+    spaced = replace(plan(), data="my pictures", out=Path("my runs"))
     for command, done in spaced.stages():
         _, flags = split(command)
-        assert Path(flags[flags.index("--out") + 1] if "--out" in flags else flags[1]
-                    ).is_relative_to("my runs") and done.is_relative_to("my runs")
+        assert Path(flags[flags.index("--out") + 1]).is_relative_to("my runs")
+        assert done.is_relative_to("my runs")
         if "--data" in flags:   # the last one counts
             assert flags[::-1][flags[::-1].index("--data") - 1] == "my pictures"
 
@@ -97,26 +103,18 @@ def test_folders_may_have_spaces_in_their_names():
 # One tiny arm.
 
 
-def only_questions(monkeypatch, *numbers: int) -> None:
-    """Every figure takes a fifth of a second."""
-    chosen = {n: answers.QUESTIONS[n] for n in numbers}
-    monkeypatch.setattr(answers, "QUESTIONS", chosen)
-
-
 def smoke(folder: Path, *flags: str) -> None:
     experiments.main(["--smoke", "--device", "cpu", "--out", f"{folder}/runs",
                       "--results", f"{folder}/results", *flags])
 
 
-def test_an_arm_runs_once_and_goes_on_where_it_was_killed(
-        tmp_path, monkeypatch, capsys):
-    ran = []
+def test_an_arm_runs_once_and_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
+    ran, looks = [], []
 
     def execute(command: str) -> str:
         module, flags = split(command)
-        if not ran:   # the folders belong to this command
-            assert {path.parent for path in runtime.locks} == {
-                tmp_path / "runs", tmp_path / "results"}
+        if not ran:   # the folder belongs to this command
+            assert {path.parent for path in runtime.locks} == {tmp_path / "runs"}
         if module == "sample" and ran.count("sample") == 0:
             ran.append(module)
             return "killed"
@@ -124,52 +122,79 @@ def test_an_arm_runs_once_and_goes_on_where_it_was_killed(
         importlib.import_module(module).main(flags)
         return ""
 
-    only_questions(monkeypatch, 5)
+    def look(self, dit, *rest):
+        looks.append(dit)
+        if len(looks) == 2:
+            raise InputError("killed")
+        return measured(self, dit, *rest)
+
+    measured = experiments.Bench.look
     monkeypatch.setattr(experiments, "execute", execute)
+    monkeypatch.setattr(experiments.Bench, "look", look)
     with pytest.raises(SystemExit):
         smoke(tmp_path)
-    assert "VE 0.1 seed 0, sample.py: killed" in capsys.readouterr().err
-    assert ran == STAGES[:3] and not (tmp_path / "results").exists()
+    assert "VE 1e-3 seed 1, sample.py: killed" in capsys.readouterr().err
+    assert ran == STAGES[:4] and not any((tmp_path / "results/shapes").iterdir())
     # The power fails: what is empty is not done.
-    trained, = tmp_path.glob("runs/dit/*/trained")
+    trained, = tmp_path.glob("runs/tokenizer/*/trained")
     trained.write_text("")
+    with pytest.raises(SystemExit):
+        smoke(tmp_path)   # killed again, between two looks
+    assert ran == STAGES[:4] + STAGES[:1] + STAGES[3:] and trained.stat().st_size > 0
     smoke(tmp_path)
-    assert ran == STAGES[:3] + STAGES[1:] and trained.stat().st_size > 0
-    found = json.loads((tmp_path / "results/arms/ve-0.1-seed-0.json").read_text())
-    assert set(found["numbers"]) >= {
-        "sigma2", "relative_noise", "psnr", "psnr_0.2", "rfd", "flow_loss", "fd",
-        "kd", "trace_slope", "sampler_error", "lambda1"}
-    assert (tmp_path / "results/question5.png").exists()
+    assert len(looks) == 3 and len(ran) == 8
+    arm = tmp_path / "results/shapes/arms/ve-1e-3-seed-1.json"
+    found = json.loads(arm.read_text())
+    assert found["numbers"].keys() >= {"psnr", "rfd", "fd", "kd", "recognised", "sigma2"}
+    assert [row["training"] for row in found["rows"]] == [1, 2]
+    assert all(row["starts"].keys() == {"0.3", "0.5", "0.7", "0.9"} for row in found["rows"])
+    assert {path.name for path in arm.parents[1].iterdir()} == {"arms", "law.md", "law.png"}
     smoke(tmp_path)   # it is done
-    assert len(ran) == 8
-    arm, = tmp_path.glob("results/arms/*.json")
-    measured, = tmp_path.glob("runs/scores/*/measured.json")
-    for path in (arm, measured):
-        path.write_text("")
-    smoke(tmp_path)
-    assert ran[8:] == ["studies.equilibrium"]
-    assert json.loads(arm.read_text())["numbers"] == found["numbers"]
+    assert len(looks) == 3 and len(ran) == 8
+
+    # What was looked at last is the end of a training that was never stopped.
+    copy, = tmp_path.glob("runs/dit/*/8.pt")
+    command = next(c for c, done in made_by(tmp_path).stages() if done.name == "8.pt")
+    train_dit.main([*split(command)[1], "--out", f"{tmp_path}/whole"])
+    whole = checkpoints.read(tmp_path / "whole/checkpoint.pt", "dit")
+    kept = checkpoints.read(copy, "dit")
+    assert kept["optimizers"] == [] and kept["step"] == whole["step"] == 8
+    assert all(torch.equal(a, b) for a, b in zip(kept["ema"].values(), whole["ema"].values()))
+    # A copy that is lost cannot be made from a training that went on.
+    (copy.parent / "4.pt").unlink()
     arm.unlink()
-    scores = measured.parent / "samples/results.json"
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        smoke(tmp_path)
+    assert "has gone on to 8 steps" in capsys.readouterr().err
+    checkpoints.save(kept, copy.parent / "4.pt")
+    scores, = tmp_path.glob("runs/scores/*/samples/results.json")
+    row, = scores.parents[1].glob("look-2.json")
     for path, text, said in (
             (scores, '[{"metrics": {}}]', "is damaged or not of this arm (KeyError('protocol"),
-            (scores, "[{", "results.json is damaged"),
-            (measured, "{", "measured.json is damaged"),
-            (arm, "[]", "ve-0.1-seed-0.json is damaged")):
-        whole = path.read_text() if path.exists() else ""
+            (scores, "[{", "results.json is damaged"), (row, "{", "look-2.json is damaged"),
+            (arm, "[]", "ve-1e-3-seed-1.json is damaged")):
+        before = path.read_text() if path.exists() else ""
         path.write_text(text)
-        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             smoke(tmp_path)
         assert stop.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
-        path.write_text(whole)
+        path.write_text(before)
     smoke(tmp_path)
-    assert len(ran) == 9
+    again = json.loads(arm.read_text())
+    assert len(looks) == 3 and again["rows"] == found["rows"]
     capsys.readouterr()
     smoke(tmp_path, "--list")
     assert capsys.readouterr().out.split()[-1] == "done"
-    smoke(tmp_path, "--count", "12", "--list")
+    smoke(tmp_path, "--seeds", "2", "--list")
     assert "done" not in capsys.readouterr().out
+
+
+def made_by(folder: Path) -> experiments.Plan:
+    """The plan of the smoke run."""
+    recipe = experiments.RUNGS["shapes"] | experiments.SMOKE | dict(trainings=(1, 2))
+    arm = next(arm for _, arm in CASES if arm.key == "VE 1e-3 seed 1")
+    return experiments.Plan(arm, recipe, "shapes", folder / "runs", "cpu")
 
 
 def test_a_failed_stage_gives_its_last_line(tmp_path, monkeypatch):
@@ -243,100 +268,260 @@ def test_a_stage_ends_with_the_command(tmp_path, monkeypatch, number, stage):
     else:
         assert status == 128 + number and Path("saved").exists()
         assert Path("stderr").read_text() == (
-            "experiments.py: stopped; the same command goes on\n")
+            "records.py: stopped; the same command goes on\n")
 
 
 # ------------------------------------------------------------------------------
-# Tables and figures, from files that no stage has written.
+# What a look measures, in cases that can be worked out.
 
 
-def write_arms(folder: Path, values: dict[str, dict]) -> None:
-    (folder / "arms").mkdir(parents=True)
-    for key, numbers in values.items():
-        arm = ARMS[f"{key} seed 0"] if "seed" not in key else ARMS[key]
-        run = {"arm": arm.name, "seed": arm.seed, "numbers": numbers,
-               "settings": plan(arm.key).settings(), "features": "Test",
-               "hardware": "none", "date": "today", "versions": {"torch": "2"},
-               "curves": {}}
-        experiments.result_path(folder, arm).write_text(json.dumps(run))
+def test_e_is_that_of_the_toy():
+    """Normal errors of deviation 0.3 have e = 0.3, in any number of dimensions."""
+    g = runtime.generator(0, "errors")
+    for shape in ((20_000, 2), (2_000, 4, 8, 8)):
+        errors = 0.3 * torch.randn(shape, generator=g)
+        assert_close(experiments.size(errors), 0.3, rtol=0.02, atol=0)
+        if len(shape) == 2:
+            assert_close(experiments.size(errors),
+                         toy2d.flow_error(errors, torch.zeros_like(errors)))
 
 
-def table(folder: Path, number: int) -> str:
-    return (folder / f"question{number}.md").read_text()
+def test_arrival_is_where_the_exact_flow_of_one_posterior_ends():
+    mean, std = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.3, 0.01]])
+    x_t = torch.tensor([[0.2, 0.1], [1.0, -0.7]])
+
+    def exact(x, t):
+        return toy2d.exact_velocity(x, t, mean, std)
+
+    end = experiments.carry(exact, x_t, 0.4, 4_000)
+    assert_close(experiments.arrival(x_t, 0.4, mean, std), end, rtol=0, atol=2e-3)
+    # Without sigma there is one place to go to, and at t = 1 nothing is left to do.
+    assert_close(experiments.arrival(x_t, 0.4, mean, 0 * std), mean.expand(2, 2))
+    assert_close(experiments.arrival(x_t, 1.0, mean, std), x_t)
 
 
-def test_answers_are_drawn_from_the_files_alone(tmp_path, monkeypatch):
-    write_arms(tmp_path, {
-        "KL 1e-6": dict(fd=400.0, psnr=30.0, sigma2=1e-6),
-        "KL 1e-2": dict(fd=380.0, psnr=29.0, sigma2=1e-2),
-        "KL 1e-2 seed 1": dict(fd=384.0, psnr=29.0, sigma2=1e-2),
-        "VE 0.1": dict(fd=300.0, psnr=23.0, sigma2=10.0),
-        "VE AdamW 1e-3": dict(fd=330.0), "KL Muon 1e-3": dict(fd=360.0)})
-    experiments.main(["--draw", "--results", str(tmp_path)])
-    # The mean is 382, and the deviation sqrt((2^2 + 2^2) / 1) = 2.83.
-    assert "| KL 1e-2 | 2 | 0.01 ± 0 | 29 ± 0 | 382 ± 2.8 |" in table(tmp_path, 1)
-    # On seed 0, which both have run, 300 / 380 - 1 = -21.1 %.
-    assert ("* best of VE: VE 0.1, FD 300 (n = 1), -21.1 % against KL 1e-2, 1 seed"
-            in table(tmp_path, 1))
-    assert "Not run: VE 0.01, VE 0.001, VE 0.0001, KL 1e-4," in table(tmp_path, 1)
-    assert "+10.0 % against VE 0.1, 1 seed" in table(tmp_path, 8)
-    assert "-10.0 % against KL 1e-6, 1 seed" in table(tmp_path, 8)
-    before = {path: path.read_bytes() for path in tmp_path.glob("question*")}
-    assert len(before) == 16
-    only_questions(monkeypatch, 1, 8)
-    experiments.main(["--draw", "--results", str(tmp_path)])
+def test_carry_takes_steps_of_the_same_length_from_any_time():
+    times = []
+
+    def velocity(x, t):
+        times.append(t)
+        return 2 * t * torch.ones_like(x)   # x = t^2
+
+    end = experiments.carry(velocity, torch.full((1,), 0.25), 0.5, 10)
+    assert_close(times, [0.5, 0.6, 0.7, 0.8, 0.9])
+    assert_close(end, torch.tensor([0.25 + 0.2 * 3.5]))   # Euler: 0.1 * 2 * 3.5
+    assert experiments.carry(velocity, end, 0.99, 10).shape == end.shape
+
+
+def test_injected_noise_has_the_errors_covariance():
+    g = runtime.generator(0, "covariance")
+    errors = torch.randn(500, 2, 4, 4, generator=g)
+    errors[:, 1] = 1 + 0.5 * errors[:, 0]
+    noise = experiments.normal_like(errors, g)
+    a, b = ((x.movedim(1, -1).flatten(0, -2).T @ x.movedim(1, -1).flatten(0, -2)) / 8000
+            for x in (errors, noise))
+    assert_close(a, b, rtol=0.05, atol=0.02)
+    assert_close(noise.mean(), torch.tensor(0.0), rtol=0, atol=0.02)
+    assert experiments.normal_like(torch.zeros_like(errors), g).abs().max() == 0
+
+
+def test_distance_to_the_nearest_posterior():
+    # From (0.2, 0.5) to N(0, diag(0.1, 0.5)^2) it is |(2, 1)| / sqrt 2, as toy_law has it but
+    # for the mean over axes, and to a posterior of deviation 0.01 that is 0.5 away it is 35.
+    mean, std = torch.tensor([[0.0, 0.0], [0.2, 1.0]]), torch.tensor([[0.1, 0.5], [0.01, 0.01]])
+    found = experiments.distance_in_sigmas(torch.tensor([[0.2, 0.5]]), mean, std)
+    assert_close(found, math.sqrt(5 / 2))
+    assert_close(experiments.distance_in_sigmas(mean[1:], mean, std), 0.0, atol=1e-5, rtol=0)
+
+
+class Oracle(experiments.Bench):
+    """A tokenizer whose latent is the picture, twice as large; and 60 grey pictures."""
+
+    def __init__(self, n: int = 60) -> None:
+        self.seed, self.centre, self.spread = 0, torch.zeros(3), torch.full((3,), 2.0)
+        self.tokenizer = SimpleNamespace(
+            decode=lambda z: z / 2, posterior=lambda x: (2 * x, torch.full_like(x, -20.0)))
+        self.net = Pooled()
+        grey = torch.linspace(-0.4, 0.4, n)[:, None, None, None].expand(n, 3, 8, 8)
+        self.pixels, self.y = experiments.data.to_uint8(grey), torch.zeros(n).long()
+        self.mean, self.std = self.posterior(self.pixels)
+        self.z, self.known = self.mean.clone(), (self.mean, self.std)
+        self.reference = self.features(self.pixels)[0]
+
+
+class Pooled:
+    """Features: the mean of each colour."""
+    name = "Test"
+
+    def __call__(self, pixels):
+        return pixels.float().mean((2, 3)) / 255,
+
+
+class Towards:
+    """A transformer that leads everything to `ends`, in straight lines."""
+    config = dict(num_classes=10)
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def __call__(self, x, t, y):
+        return (self.ends - x) / (1 - t.view(-1, 1, 1, 1))
+
+
+STARTS = 0.3, answers.START
+
+
+def test_a_perfect_transformer_does_no_harm():
+    bench = Oracle()
+    real, found = bench.real(), bench.look(Towards(bench.z), STARTS, 5)
+    # To the last grey level; 100 dB is the most.
+    assert real["psnr"] == 100 and real["fd"] == real["images"]["fd"] < 1e-9
+    assert found["generated"]["fd"] < 1e-9 and found["generated"]["distance"] < 1
+    for start in found["starts"].values():
+        assert start["e"] < 1e-4 and start["from_z"] < 1e-5
+        assert start["loss"] == start["injected"] == 0
+
+
+def test_a_known_error_is_found_and_costs_what_it_must():
+    """Errors of 0.1 of the spread are 0.1 in pictures, of a range of 2: 26.02 dB are left.
+
+    The curve has 100 - 20 log10(2 / e) dB.
+    """
+    bench, g = Oracle(), runtime.generator(0, "error")
+    error = 0.1 * torch.randn(bench.z.shape, generator=g)
+    found = bench.look(Towards(bench.z + error), STARTS, 5)
+    for start in found["starts"].values():
+        assert_close(start["e"], 0.1, rtol=0.02, atol=0)
+        assert_close(start["from_z"], start["e"], rtol=1e-4, atol=0)
+        assert_close([start["loss"], start["injected"]], [73.98, 73.98], rtol=0, atol=0.3)
+    for e, lost in found["curve"][2:4]:
+        assert_close(lost, 100 - 20 * math.log10(2 / e), rtol=0, atol=0.5)
+    assert found["generated"]["round_trip"] < 0.01   # this tokenizer gives back all but rounding
+
+
+def test_a_latent_that_does_not_come_back_is_seen():
+    """Errors of 3 spreads leave the range of pictures, and are lost on the way."""
+    bench = Oracle()
+    error = 3 * torch.ones_like(bench.z)
+    found = bench.look(Towards(bench.z + error), STARTS, 5)["generated"]
+    lost = bench.z + error - 1   # white is 2, which is 1 in units of the spread
+    assert_close(found["round_trip"], experiments.size(lost), rtol=1e-3, atol=0)
+    assert found["fd"] > 0.1
+
+
+# ------------------------------------------------------------------------------
+# The judgement.
+
+
+def test_intervals_are_scipys():
+    values = [-14.0, -11.0, -17.5]
+    low, high = scipy.stats.t.interval(0.95, 2, sum(values) / 3, scipy.stats.sem(values))
+    mean, half = answers.interval(values)
+    assert_close([mean - half, mean + half], [low, high])
+
+
+@pytest.mark.parametrize("m1, m2, total, said", [
+    ([0.7, 0.8, 0.6], [-14, -15, -13], -12, "confirmed"),
+    ([0.7, 0.8, 0.6], [-14, -15, -13], 3, "paid back as floor"),
+    ([0.7, 0.84, 0.6], [-14, -15, -13], -12, "unresolved"),     # one seed is too much
+    ([0.7, 0.8, 0.6], [-2, -30, -13], -12, "unresolved"),       # the interval holds 0
+    ([0.7, 0.8, 0.6], [-8, -9, -8.5], -7, "paid back as floor"),
+    ([0.9, 0.9, 0.9], [-8, -9, -8.5], -7, "refuted"),           # the interval excludes -10
+    ([0.9, 0.9, 0.9], [-2, -15, -10], -7, "unresolved"),        # it holds -10
+    ([1.1, 1.0, 1.3], [-14, -15, -13], -12, "refuted"),         # no decoder was more robust
+    ([1.1, 0.9, 1.3], [-14, -15, -13], -12, "unresolved"),
+    ([0.7], [-30], -30, "unresolved"),                          # one seed
+])
+def test_the_verdict(m1, m2, total, said):
+    assert answers.verdict(m1, m2, len(m1) * [total]) == said
+
+
+def test_robustness_is_compared_at_one_error():
+    """Losses are linear in log e between points; 0.2 is log10 2 of a decade above 0.1."""
+    kl = {"e": 0.1, "curve": [[0.01, 0.0], [0.1, 8.0], [1.0, 16.0]]}
+    ve = {"e": 0.3, "curve": [[0.01, 0.0], [0.1, 4.0], [1.0, 5.0]]}
+    lost = 8 * (1 + math.log10(2))
+    assert_close(answers.loss_at(0.2, kl), lost)
+    assert_close(answers.robustness(ve, kl), (4 + math.log10(2)) / lost)
+
+
+def test_harm_is_in_percent_of_the_samples_of_the_other():
+    # KL: 50 - 10 = 40.  VE: 45 - 15 = 30, which is 10 less, and 20 % of 50.
+    rows = [{"fd": 45.0, "harm": 30.0}, {"fd": 50.0, "harm": 40.0}]
+    assert answers.harm(*rows) == -20 and answers.harm(rows[1], rows[1]) == 0
+
+
+def run_of(name: str, seed: int, fd: list[float], floor: float, e: list[float], slope: float):
+    """The file of an arm.  It loses `slope` dB per decade of e, from 0.01 on."""
+    made = [{"training": 2**k, "generated": {"fd": f, "invalid": f / 10, "distance": 3.0,
+                                             "round_trip": 0.2},
+             "starts": {str(answers.START): {"e": error, "loss": 2.0, "injected": 1.0}},
+             "injected": {"fd": (f + floor) / 2, "invalid": (f + floor) / 20},
+             "curve": [[0.01, 0.0], [0.1, slope], [1.0, 2 * slope]]}
+            for k, (f, error) in enumerate(zip(fd, e))]
+    real = {"sigma": 0.1, "psnr": 30.0, "fd": floor, "invalid": floor / 10, "distance": 1.5,
+            "round_trip": 0.1, "images": {"fd": 5.0, "invalid": 0.0}}
+    family, value = name.split()
+    return {"arm": name, "family": family, "value": value, "seed": seed, "features": "Test",
+            "settings": {"scores": "a few steps"}, "hardware": "none", "date": "today",
+            "versions": {"torch": "2"}, "real": real, "rows": made, "numbers": {}}
+
+
+def write_arms(folder: Path, *runs: dict) -> None:
+    for k, run in enumerate(runs):
+        runtime.write_json(folder / f"shapes/arms/{k}.json", run)
+
+
+def three_seeds() -> list[dict]:
+    """KL's floor is 10 and VE's 30.  At first VE is better, and at last it is worse."""
+    return [run for seed in (1, 2, 3) for run in (
+        run_of("KL 1e-6", seed, [100.0 + seed, 20.0], 10.0, [0.4, 0.2], 8.0),
+        run_of("VE 1e-3", seed, [60.0 + seed, 31.0], 30.0, [0.4, 0.2], 4.0),
+        run_of("VE 1e-2", seed, [70.0, 30.5], 30.0, [0.4, 0.2], 2.0))]
+
+
+def draw(folder: Path) -> str:
+    experiments.main(["--draw", "--results", str(folder)])
+    return (folder / "shapes/law.md").read_text()
+
+
+def test_answers_are_drawn_from_the_files_alone(tmp_path):
+    write_arms(tmp_path, *three_seeds())
+    text = draw(tmp_path)
+    # With KL 1e-6, 101 of which 10 are the floor, M2 is (31 - 91) / 101 = -59.4 %, then -58.8
+    # and -58.3; the FD itself is 39.6 % less, then 39.2 and 38.8.  Later on it is -45 %.
+    line, = [line for line in text.splitlines() if "**confirmed**" in line and "VE 1e-3" in line]
+    assert "| 0.50 ± 0.00; -58.8 ± 1.4; -39.2 ± 1.0: **confirmed** |" in line
+    assert "| 0.50 ± 0.00; -45.0 ± 0.0; 55.0 ± 0.0: **paid back as floor** |" in line
+    # One decade from 0.01 on costs KL 8 dB, so that 1 dB is 0.01 * 10^(1/8) = 1.33 %.
+    assert "| KL 1e-6 | 3 | 10.0 ± 0.0 | 1.3 ± 0.0 | 30.0 ± 0.0 | 10.0" in text
+    assert "* 1x: best lambda1 1e-3, 1e-3, 1e-3.\n* 2x: best lambda1 1e-2, 1e-2, 1e-2." in text
+    # Between e = 0.2, where VE is worse by 1.1, and 0.4, where it is better by 4:
+    # 0.2 + 0.2 * 1.1 / 5.1 = 24.31 %.
+    assert "* VE 1e-3 crosses KL 1e-6 in 3 of 3 seeds, at e = 24.31 ± 0.00 %, 2.43" in text
+    assert "at t = 0.7 causes 50 ± 0 % of the loss of quality" in text
+    before = {path: path.read_bytes() for path in tmp_path.glob("shapes/law.*")}
+    assert len(before) == 2
+    draw(tmp_path)
     assert all(path.read_bytes() == old for path, old in before.items())
 
 
-def test_arms_of_another_edition_are_called_incomparable(tmp_path, monkeypatch):
-    only_questions(monkeypatch, 1)
-    write_arms(tmp_path, {"KL 1e-6": dict(fd=4.0), "VE 0.1": dict(fd=3.0)})
-    path = tmp_path / "arms/ve-0.1-seed-0.json"
-    run = json.loads(path.read_text())
-    run["settings"] = plan(ARM, edition=1).settings()
-    path.write_text(json.dumps(run))
-    experiments.main(["--draw", "--results", str(tmp_path)])
-    assert "editions: not comparable.**" in table(tmp_path, 1)
+def test_one_arm_and_arms_without_a_pair_are_drawn(tmp_path):
+    write_arms(tmp_path, run_of("VE 1e-3", 2, [60.0, 31.0], 30.0, [0.4, 0.2], 4.0))
+    assert "| VE 1e-3 | 1 |  |  |" in draw(tmp_path)
+    write_arms(tmp_path, run_of("VE 1e-3", 2, [60.0, 31.0], 30.0, [0.4, 0.2], 4.0),
+               run_of("VE 1e-3", 1, [60.0, 31.0], 30.0, [0.4, 0.2], 4.0),
+               run_of("KL 1e-6", 1, [90.0, 31.0], 10.0, [0.4, 0.2], 4.0))
+    assert "**unresolved**" in draw(tmp_path)   # of the one pair
+    assert "crosses KL 1e-6 in 1 of 1 seeds" in draw(tmp_path)
 
 
-def row(name: str, *distances: float) -> answers.Row:
-    runs = [{"seed": n, "numbers": {"fd": fd}} for n, fd in enumerate(distances)]
-    return answers.Row(name, name, runs)
-
-
-def test_rows_are_compared_seed_by_seed():
-    """-50 and -40 %: mean -45, deviation 7.1.  The ratio of means is -43 %."""
-    a, b = row("a", 50.0, 120.0), row("b", 100.0, 200.0, 7.0)
-    assert answers.against(a, b) == ", -45.0 ± 7.1 % against b, 2 seeds"
-    assert answers.against(b, b) == "" == answers.against(row("c"), b)
-
-
-def test_least_squares_against_a_line_with_known_errors():
-    """y = 1 + 2 x with errors +-0.5 that are orthogonal to 1 and x.
-
-    The rest is 4 * 0.25 = 1, of a variance around the mean of 4 * 5 + 1.  The
-    error of the slope is sqrt(1 / (4 - 2) / 5), so t = 2 / sqrt(0.1) = 6.32.
-    """
-    x = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
-    y = 1 + 2 * x + torch.tensor([0.5, -0.5, -0.5, 0.5])
-    r2, t = answers.regress(y, x)
-    assert_close([r2, t], [20 / 21, 2 / 0.1**0.5])
-
-
-def test_what_explains_the_distance_is_told_for_enough_runs():
-    numbers = [dict(fd=2.0 * n, rfd=float(n), flow_loss=n % 2, psnr=30.0,
-                    **{"psnr_0.5": 20.0 + n % 3}) for n in range(6)]
-    runs = [{"arm": "VE 0.1", "numbers": n} for n in numbers]
-    said = answers.explained(runs + [{"arm": "VE AdamW 1e-3", "numbers": {}}])
-    assert "Over 6 runs" in said[0] and "explains 100 % of the variance" in said[0]
-    assert answers.explained(runs[:4]) == []
-
-
-def test_runs_that_are_alike_or_incomplete_are_no_reason_to_fail():
-    alike = dict(fd=2.0, rfd=1.0, flow_loss=1.0, psnr=30.0, **{"psnr_0.5": 20.0})
-    runs = [{"arm": "VE 0.1", "numbers": numbers}
-            for numbers in [*5 * [alike], {"fd": 2.0}, alike | {"rfd": None}]]
-    assert "Over 5 runs" in answers.explained(runs)[0]
+def test_photographs_are_judged_by_fd(tmp_path):
+    write_arms(tmp_path, *three_seeds())
+    (tmp_path / "shapes").rename(tmp_path / "photographs")
+    experiments.main(["--draw", "--rung", "photographs", "--results", str(tmp_path)])
+    text = (tmp_path / "photographs/law.md").read_text()
+    assert text.startswith("# Photographs") and "recognised" not in text
 
 
 def complaint(capsys, main, *flags: str) -> str:
@@ -348,21 +533,24 @@ def complaint(capsys, main, *flags: str) -> str:
 
 
 @pytest.mark.parametrize("change", [
-    "", "[]", "{}", {"numbers": {}}, {"numbers": {"fd": "3"}}, {"numbers": {"fd": float("inf")}},
-    {"numbers": {"fd": 3.0, "psnr": float("nan")}}, {"arm": None}, {"seed": "0"},
-    {"settings": []}, {"versions": {}}, {"features": 3}, {"curves": {"bins": {}}},
-    {"curves": {"bins": {"log_t": [1.0], "log_sigma": [1.0]},
-                "points": {"log_t": [1.0], "log_sigma": []}},
-     "numbers": {"fd": 3.0, "lambda1": 0.1}},
+    "", "[]", "{}", {"rows": []}, {"rows": 3}, {"real": {}}, {"seed": "0"}, {"arm": 3}, {"settings": []},
+    {"versions": {}}, {"features": 3}, {"curve": [[1.0, 2.0], [3.0]]}, {"curve": []},
+    {"starts": {}}, {"generated": {"fd": float("nan")}}, {"injected": None},
+    {"generated": {"fd": "3"}}, {"training": float("inf")}, {"settings": {"scores": "others"}},
 ])
 def test_a_damaged_arm_is_named(tmp_path, capsys, change):
-    write_arms(tmp_path, {"KL 1e-6": dict(fd=4.0), "VE 0.1": dict(fd=3.0)})
-    path = tmp_path / "arms/ve-0.1-seed-0.json"
-    run = json.loads(path.read_text())
-    path.write_text(change if isinstance(change, str) else json.dumps(run | change))
+    runs = [run_of(name, 1, [3.0, 2.0], 1.0, [0.2, 0.1], 1.0) for name in ("KL 1e-6", "VE 1e-3")]
+    write_arms(tmp_path, *runs)
+    path = tmp_path / "shapes/arms/1.json"
+    if isinstance(change, dict):
+        key, value = next(iter(change.items()))
+        place = runs[1] if key in runs[1] else runs[1]["rows"][1]
+        both = isinstance(value, dict) and key == "generated"
+        place[key] = place[key] | value if both else value
+    path.write_text(change if isinstance(change, str) else json.dumps(runs[1]))
     before = set(tmp_path.rglob("*"))
     said = complaint(capsys, experiments.main, "--draw", "--results", str(tmp_path))
-    assert str(path) in said and "remove it" in said
+    assert str(path) in said and ("remove it" in said or "of other sizes" in said)
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -372,22 +560,19 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, owner, name):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    only_questions(monkeypatch, 1)
-    write_arms(tmp_path, {"KL 1e-6": dict(fd=4.0)})
+    write_arms(tmp_path, *three_seeds()[:2])
     monkeypatch.setattr(owner, name, full)
     said = complaint(capsys, experiments.main, "--draw", "--results", str(tmp_path))
-    assert "question1." in said and "cannot be written (No space left" in said
-    assert {path.name for path in tmp_path.iterdir()} <= {"arms", "question1.md"}
+    assert "law." in said and "cannot be written (No space left" in said
+    assert {path.name for path in (tmp_path / "shapes").iterdir()} <= {"arms", "law.md"}
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--only", "VE 7"], "--only VE 7: no arm or question"),
+    (["--only", "VE 7"], "--only VE 7: no arm has that name"),
     (["--data", "no/such/folder"], "--data no/such/folder is not a folder"),
-    *((["--scale", value], f"{value} is not a finite number above 0")
-      for value in ("0", "nan", "inf", "-1")),
-    (["--count", "0"], "0 is not a whole number"), (["--euler", "-1"], "-1 is not a whole"),
+    (["--rung", "toy"], "invalid choice: 'toy'"),
     (["--seeds", "1.5"], "1.5 is not a whole number"),
-    (["--device", "abacus", "--data", "shapes"], "choose one of auto, cpu"),
+    (["--device", "abacus"], "choose one of auto, cpu"),
     (["--draw"], "holds no results"),
     (["--smoke", "--out", "file/x"], "file"), (["--smoke", "--results", "file/x"], "file"),
 ])

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 import checkpoints
-from studies import experiments, plot
+import runtime
+from studies import answers, experiments, plot
 from studies.faults.bench import (
     DIT, EVALUATE, PROMPTLY, ROOT, SAMPLE, SMOKE, TOKENIZER, TOY, Bench, Broken, Case, Hostile,
     Run, Work, contents, nobody_left, nothing_left, nothing_ran, same, watch_programs)
@@ -508,12 +509,27 @@ LOGS: dict[str, str | bytes] = {
 }
 
 
+START = {"e": 0.1, "loss": 2.0, "injected": 1.0}
+LOOK = {"training": 1, "generated": {"fd": 9.0, "invalid": 9.0, "distance": 3.0, "round_trip": 0.2},
+        "starts": {str(answers.START): START}, "injected": {"fd": 5.0, "invalid": 5.0},
+        "curve": [[0.01, 0.0], [0.1, 1.0], [1.0, 2.0]]}
+ARM = {"value": "1", "seed": 1, "features": "Shapes", "settings": {"scores": "one look"},
+       "hardware": "none", "date": "today", "versions": {"torch": "2"}, "numbers": {},
+       "real": {"sigma": 0.1, "psnr": 30.0, "fd": 2.0, "invalid": 2.0, "distance": 1.5,
+                "round_trip": 0.1, "images": {"fd": 1.0, "invalid": 0.0}}, "rows": [LOOK]}
+
+
+def arms(folder: Path) -> Path:
+    """The files of two arms.  Returns one of them."""
+    path = folder / "results/shapes/arms/VE.json"
+    for family in "KL", "VE":
+        path = path.with_name(f"{family}.json")
+        runtime.write_json(path, ARM | {"arm": f"{family} 1", "family": family})
+    return path
+
+
 def damaged_arm(spoil: Prepare) -> Prepare:
-    """The files of all arms of this project, one of them spoilt."""
-    def prepare(folder: Path) -> None:
-        shutil.copytree(ROOT / "results/experiments", folder / "results")
-        spoil(sorted(folder.glob("results/arms/*.json"))[0])
-    return prepare
+    return lambda folder: spoil(arms(folder))
 
 
 def arm(change: Callable[[dict], object]) -> Prepare:
@@ -528,12 +544,12 @@ ARMS: dict[str, Prepare] = {
     "half of it": cut(0.5), "a list": replaced(lambda path: path.write_text("[1, 2]")),
     "brackets": replaced(lambda path: path.write_text("[" * 99_999)),
     "an empty object": replaced(lambda path: path.write_text("{}")),
-    "no numbers": arm(lambda found: found.pop("numbers")),
-    "numbers of text": arm(lambda found: found.update(numbers="text")),
-    "a number of text": arm(lambda found: found["numbers"].update(fd="text")),
-    "a number of NaN": arm(lambda found: found["numbers"].update(fd=float("nan"))),
-    "a number of a list": arm(lambda found: found["numbers"].update(psnr=[1])),
-    "curves of text": arm(lambda found: found.update(curves="text")),
+    "no rows": arm(lambda found: found.pop("rows")),
+    "rows of text": arm(lambda found: found.update(rows="text")),
+    "a number of text": arm(lambda found: found["real"].update(fd="text")),
+    "a number of NaN": arm(lambda found: found["real"].update(fd=float("nan"))),
+    "a number of a list": arm(lambda found: found["real"].update(psnr=[1])),
+    "curves of text": arm(lambda found: found["rows"][0].update(curve="text")),
     "settings of text": arm(lambda found: found.update(settings="text")),
     "a name of a number": arm(lambda found: found.update(arm=3)),
 }
