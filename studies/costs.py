@@ -67,16 +67,20 @@ CONVOLUTIONS = ATEN.convolution, ATEN.convolution_backward
 
 
 class Counter(TorchDispatchMode):
-    """FLOP, the bytes of all tensors that are alive, and the most there have been."""
+    """FLOP, the bytes of all tensors that are alive, and the most there have been.
+
+    operations: how many there were that are no views, each of them a kernel or more.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
-        self.alive = self.most = self.flop = self.convolution_flop = 0
+        self.alive = self.most = self.flop = self.convolution_flop = self.operations = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result, kind = op(*args, **kwargs), op.overloadpacket
+        self.operations += not op.is_view
         if kind in FORMULAS:
             flop = FORMULAS[kind](*args, **kwargs, out_val=result)
             self.flop += flop
@@ -226,13 +230,14 @@ def muon_flop(rows: int, columns: int) -> int:
 def count_step(stage: Any, args: argparse.Namespace, images: int) -> dict[str, int]:
     """A step of so many images on one GPU: numbers, FLOP, and bytes.
 
+    operations: of both passes, as they are without torch.compile.
     kept: what the forward pass leaves to the backward pass, with the weights in
     bfloat16.  most: all that there is at the worst moment.
     """
     with warnings.catch_warnings(action="ignore"), FakeTensorMode(), Counter() as counter:
         step = STEPS[stage](args, images)
         learning, others = next(step)
-        weights = counter.alive
+        weights, before = counter.alive, counter.operations
         loss = next(step)
         kept = counter.alive - weights
         loss.backward()
@@ -249,6 +254,7 @@ def count_step(stage: Any, args: argparse.Namespace, images: int) -> dict[str, i
         "parameters": numbers,
         "frozen_parameters": sum(p.numel() for net in others for p in net.parameters()),
         "flop": counter.flop, "convolution_flop": counter.convolution_flop,
+        "operations": counter.operations - before,
         "muon_flop": sum(muon_flop(*p.shape) for p in muon),
         "weights": weights, "gradients": 4 * numbers, "optimiser": optimiser,
         "average": average, "kept": kept, "most": counter.most + optimiser + average}
@@ -278,6 +284,7 @@ def cost(stage: Any, preset: str, gpus: int | None = None) -> dict[str, Any]:
         "parameters": step["parameters"], "frozen_parameters": step["frozen_parameters"],
         "gflop_per_image": step["flop"] / images / 1e9, "steps": args.steps,
         "flop": (step["flop"] + step["muon_flop"]) * gpus * args.steps,
+        "operations": step["operations"],
         "kept_mib_per_image": step["kept"] / images / 2**20,
         "gib": {name: step[name] / GIB for name in (
             "weights", "gradients", "optimiser", "average", "kept", "most")},
@@ -300,6 +307,7 @@ def cells(c: dict[str, Any]) -> dict[str, str]:
         "parameters [M]": f"{c['parameters'] / 1e6:.1f}",
         "GFLOP per image": digits(c["gflop_per_image"]),
         "FLOP in all": f"{c['flop']:.1e}".replace("e+", "e"),
+        "operations": f"{c['operations']:,}",
         "kept per image [MiB]": digits(c["kept_mib_per_image"]),
         "memory per GPU [GiB]": f"{c['gib_per_gpu']:.0f}",
         "fits 80 GB": "yes" if c["parts"] == 1 else f"in {c['parts']} parts",

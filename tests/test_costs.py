@@ -66,6 +66,14 @@ def kept_by(net, x):
         return counter.alive - before
 
 
+def test_operations_are_those_that_are_no_views():
+    """A product with a bias, an activation and a product in place; two views count nothing."""
+    net, x = nn.Linear(16, 32), torch.zeros(8, 16)
+    with torch.no_grad(), costs.Counter() as counter:
+        nn.functional.silu(net(x)).view(2, 4, 32).mT.mul_(2)
+    assert counter.operations == 3
+
+
 def test_kept_bytes_of_two_layers_are_counted_as_by_hand():
     """x [8, 16] -> 32 -> silu -> 4.  In bfloat16 there are x, what silu gets, what the
     last layer gets, its weight, and what it gives.  x learns nothing, so that the weight
