@@ -33,7 +33,7 @@ PRECISION := $(if $(filter-out 0,$(BF16)),bf16,fp32)
 	$(RUN) -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
-.venv/oracles: .venv/installed
+.venv/oracles: .venv/installed Makefile
 	$(RUN) -m pip install --disable-pip-version-check -q $(ORACLES)
 	touch $@
 
