@@ -43,6 +43,7 @@ import losses
 import metrics
 import models
 from runtime import InputError, Runtime
+from train_tokenizer import blocks_of
 
 # ------------------------------------------------------------------------------
 # The rivals take turns.  A ratio is the median over rounds of the ratio within a
@@ -169,9 +170,7 @@ def tokenizer(bench: Bench, size: int) -> dict[str, Any]:
         with FlopCounterMode(display=False) as counter:
             arms[name]()
         flop[name] = counter.get_total_flops()
-    if bench.compiled:
-        net.encoder.compile()
-        net.decoder.compile()
+    bench.rt.compile(bench.compiled, *blocks_of(net))
     return bench.shares(arms, flop)
 
 
@@ -209,8 +208,7 @@ def dit(bench: Bench) -> dict[str, Any]:
     v, x_t = flow.velocity(z, eps), flow.interpolate(z, eps, t)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-4, betas=(0.9, 0.95),
                                   weight_decay=0.0, fused=True)
-    for block in net.blocks if bench.compiled else ():
-        block.compile()
+    bench.rt.compile(bench.compiled, *net.blocks)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
