@@ -40,7 +40,7 @@ PRECISION := $(if $(filter-out 0,$(BF16)),bf16,fp32)
 # One tokenizer with VE and one with KL, side by side.  VE's files lie where the
 # stages look for them.
 demo: .venv/installed
-	@echo "The demo takes some minutes on two cores, and 1 GB of disk."
+	@echo "The demo takes seven minutes on two cores, and 1 GB of disk."
 	$(MAKE) -j2 demo-ve demo-kl
 	$(MAKE) -j2 demo-toy demo-scores
 	$(RUN) -m studies.demo $(DEMO)
