@@ -139,15 +139,25 @@ def load_dit(dit, path, sha256, shape):
     return network
 
 
-def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, workers, device):
-    """The perspectives of a page, and where its numbers are from."""
+OTHERS = ("the pages are of other images or features, and cannot be compared: make them with the"
+          " same --data, --size, --limit and --decode, of tokenizers with one seed")
+
+
+def load(path, source, size):
+    """A tokenizer, and the images that it is measured on, held out and of training."""
     tokenizer, file = checkpoints.load_tokenizer(path)
-    trained, sha256 = file.get("config", {}), runtime.file_sha256(path)
+    trained = file.get("config", {})
     source, size = source or trained.get("data"), size or trained.get("size")
     if not (source and size):
         raise InputError(f"{path} does not name its images: give --data and --size")
-    images, training = (data.open_dataset(source, size, split, trained.get("seed", 0))
-                        for split in ("val", "train"))
+    return tokenizer, source, size, *(
+        data.open_dataset(source, size, split, trained.get("seed", 0)) for split in ("val", "train"))
+
+
+def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, workers, device):
+    """The perspectives of a page, and where its numbers are from."""
+    tokenizer, source, size, images, training = load(path, source, size)
+    sha256 = runtime.file_sha256(path)
     if masks and not hasattr(images, "folder"):
         raise InputError(f"--masks are for folders of images, not for {source}")
     shape = [tokenizer.channels, size // tokenizer.stride]
@@ -364,6 +374,10 @@ def main(argv=None):
     figure = args.out.with_suffix(".png")
     runtime.claim(rt, args.out.parent, args.out, *[figure] * bool(args.compare))
     pages, known = [], {path: read_page(path) for path in args.compare if path.suffix == ".json"}
+    images = {known[path]["protocol"].get("data_sha256") if path in known else
+              data.fingerprint(load(path, args.data, args.size)[3]) for path in args.compare}
+    if len(images) > 1:   # before the first is measured
+        raise InputError(OTHERS)
     for path in args.compare or [args.tokenizer]:
         page = known.get(path) or {"of": str(path)} | measure(*prepare(
             path, args.dit, args.data, args.masks, args.size, args.features, args.limit,
@@ -379,8 +393,7 @@ def main(argv=None):
     same = "data", "size", "images", "decoded", "features", "data_sha256"
     kinds = [[page["protocol"].get(key) for key in same] for page in pages]
     if any(kind != kinds[0] for kind in kinds):
-        raise InputError("the pages are of other images or features, and cannot be compared:"
-                         " make them with the same --data, --size, --limit and --decode")
+        raise InputError(OTHERS)
     compare(pages)
     plot(pages, figure)
     runtime.write_json(args.out, {"pages": pages} | about)

@@ -291,6 +291,17 @@ def test_tokenizers_side_by_side(tmp_path, capsys):
     assert not (tmp_path / "d.json").exists()
 
 
+def test_other_images_are_told_before_the_first_is_measured(tmp_path, capsys, monkeypatch):
+    """Shapes differ from seed to seed of a training."""
+    state = torch.load("b/t.pt")
+    state["config"]["seed"] = 7
+    torch.save(state, tmp_path / "t.pt")
+    monkeypatch.setattr(diffusability, "measure", None)   # would be a TypeError
+    with pytest.raises(SystemExit) as stop:
+        page(tmp_path / "d.json", "--compare", "a/t.pt", tmp_path / "t.pt")
+    assert stop.value.code == 2 and "with one seed" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------
 # Bad input.
 
