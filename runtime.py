@@ -864,8 +864,10 @@ def report_skipped(names: list[str]) -> int:
 
 
 def command_line() -> str:
-    """The command as typed, without the folder of the script."""
-    return " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command as typed, without the folder of the script; a study is a module."""
+    script = Path(sys.argv[0])
+    name = f"-m studies.{script.stem}" if script.parent.name == "studies" else script.name
+    return " ".join(["python", name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
