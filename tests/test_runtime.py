@@ -372,7 +372,15 @@ def test_compiling_is_the_default_on_cuda_alone(monkeypatch, device, chosen, exp
 
 def test_more_than_eight_shapes_of_one_class_are_compiled():
     """PyTorch's own limit is eight graphs for one function.  forward is one for all."""
-    nets, seen = [nn.Linear(n, 1) for n in range(1, 12)], []
+    class Net(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.layer = nn.Linear(n, 1)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    nets, seen = [Net(n) for n in range(1, 12)], []
     Runtime(CPU).compile(True)
 
     def backend(graph, inputs):
