@@ -1,6 +1,6 @@
 """Does a card compute what a CPU computes, and how fast?  Nothing is downloaded.
 
-    one card or more   python -m studies.gpu                   # eight minutes
+    one card or more   python -m studies.gpu                   # eight minutes, by estimate
                        python -m studies.gpu --only tokenizer sampling
     laptop             python -m studies.gpu --smoke           # every line, tiny, on the CPU
 

@@ -28,8 +28,7 @@ import runtime  # before torch, which it tells how threads wait
 import scipy.stats
 
 from runtime import InputError
-from studies.experiments import execute
-from studies.records import read_log, read_scores
+from studies.records import execute, read_log, read_scores
 
 # ------------------------------------------------------------------------------
 # The arms.  Dynamic noise has a sigma^2 of (C / 0.8)^2, and VE stands beside it with
