@@ -1,7 +1,7 @@
 # make demo   toy, tokenizer, transformer, samples and scores on built-in images
 # make test   the tests
 # make gpu    what a CUDA card computes, and how fast; eight minutes is an estimate
-# Both first make .venv and install what they need into it, unless that is done.
+# All of them first make .venv and install what they need into it, unless that is done.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
