@@ -319,8 +319,15 @@ def load_teacher(choice: str, side: int, imagenet: bool = False) -> Callable[[Te
         return Convolutions(net, 8 * side, net.body[:-1])   # before the last ReLU
     if choice == "efficientnet-lite0":
         net = load_network(efficientnet(32 * side), weights_of(choice, "--teacher"))
-        return Convolutions(net, 32 * side,
-                            lambda x: net.extract_features((127.5 * x + 0.5) / 128))
+
+        def last_block(x: Tensor) -> Tensor:
+            """Its 320 channels, to which no ReLU is applied."""
+            h = net._swish(net._bn0(net._conv_stem((127.5 * x + 0.5) / 128)))
+            for block in net._blocks:
+                h = block(h)
+            return h
+
+        return Convolutions(net, 32 * side, last_block)
     path = choice if Path(choice).is_file() else hub_file(f"{choice}_pretrain.pth")
     if not Path(path).exists():
         raise InputError(f"--teacher {choice} has no weights here: get DINOv2's, 1.2 GB for "

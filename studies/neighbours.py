@@ -76,7 +76,7 @@ def commands(arm: Arm, seed: int, folder: Path, teacher: Path, data: str, count:
     if arm.question != "dgae":
         shown = f"{seeded} --smoke" if smoke else seeded
         if data != "shapes":   # whose judge knows nothing of photographs
-            shown += " --features efficientnet-lite0"
+            shown += " --features efficientnet-lite0 --precision bf16"
         made[teacher] = f"train_teacher.py {shown} --data {data} --out {teacher.parent}"
         teach = f"--teacher {teacher}"
     made[tokenizer] = (f"train_tokenizer.py {first} --data {data} {arm.tokenizer} {teach} "
