@@ -23,6 +23,7 @@ from x to x_hat is a Route.  Held-out images know nothing of either.
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,47 @@ def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
              for a in (rec, loss)]
     pulls = [runtime.all_reduce_mean(pull) for pull in pulls]
     return other.weight * losses.adaptive_weight(*pulls, maximum=other.maximum)
+
+
+# ------------------------------------------------------------------------------
+# A lambda1 for Eq. 9 that nobody has to choose.
+
+
+class NoiseTarget(nn.Module):
+    """Moves lambda1 until the latent's noise is the wanted share of its spread.
+
+    The share is the root of sigma^2 / spread^2, averaged over channels, as
+    `relative_noise` of the log.  Where Eq. 14 holds, sigma^4 = lambda1 / T, and four
+    times the lambda1 gives twice the sigma^2.  Each step therefore does
+
+        log lambda1 += rate * clamp(log(target^2 / share^2), -1, 1)
+
+    with a rate that lets lambda1 settle within the first third of the training.
+    """
+
+    def __init__(self, target: float, lambda1: float, steps: int) -> None:
+        super().__init__()
+        self.target, self.rate = target, min(0.01, 20 / steps)
+        self.register_buffer("log_lambda1", torch.tensor(lambda1).log())
+        self.seen: list[Tensor] = []
+
+    @property
+    def lambda1(self) -> Tensor:
+        return self.log_lambda1.exp()
+
+    @torch.no_grad()
+    def see(self, mean: Tensor, logvar: Tensor) -> None:
+        """A part of the batch, on this process."""
+        rows = torch.stack([mean, mean.square(), logvar.exp()]).float()
+        self.seen.append(rows.mean((1, 3, 4)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move lambda1, by the whole batch."""
+        mean, square, var = runtime.all_reduce_mean(torch.stack(self.seen).mean(0))
+        share = (var / (square - mean.square()).clamp(min=1e-12)).mean()
+        self.log_lambda1 += self.rate * (2 * math.log(self.target) - share.log()).clamp(-1, 1)
+        self.seen = []
 
 
 # ------------------------------------------------------------------------------

@@ -127,6 +127,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = p.add_argument_group("objective (sums over C, H, W)").add_argument
     add("--loss", choices=LOSSES, default="ve", help="what acts on the latent")
     add("--lambda1", type=weight, help="weight of Eq. 9")
+    add("--target-noise", type=positive, help="ve: move lambda1, from --lambda1 on, until "
+        "the noise is this share of the latent's spread, such as 0.1")
     add("--lambda2", type=weight, default=1e-6, help="weight of Eq. 10")
     add("--tau", type=runtime.finite, default=1.0, help="tau of Eq. 10")
     add("--delta", type=positive, default=1e-6, help="delta of Eq. 9")
@@ -244,6 +246,9 @@ def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
                          f"process(es) and --accumulate {parts}")
     if args.disc_weight and args.size < 32:
         raise InputError("the discriminator needs --size 32 or more, or --disc-weight 0")
+    if args.target_noise and not (args.loss == "ve" and args.lambda1):
+        raise InputError("--target-noise moves lambda1: it needs --loss ve, and a --lambda1 "
+                         "above 0 to begin with")
     if args.preset.endswith("finetune") and args.init is None:
         raise InputError(f"--preset {args.preset} needs a published --init")
     return tokenizer.to(rt.device, memory_format=torch.channels_last)
@@ -318,6 +323,9 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = build(args, rt)
     network = rt.wrap(tokenizer)
+    keeper = None
+    if args.target_noise:
+        keeper = objectives.NoiseTarget(args.target_noise, args.lambda1, args.steps).to(rt.device)
     reconstruction = objectives.Reconstruction(args.perceptual_weight, rt.device)
     others = objectives.others_of(args, tokenizer, rt)
     route = objectives.route_of(args, tokenizer, rt)
@@ -325,6 +333,8 @@ def main(argv: list[str] | None = None) -> None:
     for other in [*others, route]:
         parts |= other.parts
         parameters += other.parameters
+    if keeper:
+        parts["lambda1"] = keeper
     parts["optimizer"] = optimizer = objectives.adamw(parameters, args)
     args.accumulate, args.recompute = runtime.fit(
         rt, args.batch // rt.world, kept_by(args.model, args.size, args.precision),
@@ -356,7 +366,8 @@ def main(argv: list[str] | None = None) -> None:
         # What the encoder sees, and what x_hat should be: x, but for some regularisers.
         seen, target = route.begin(x, step)
         draws = noise(tokenizer, x, args.batch, args.seed, step, rt)
-        lambda1 = args.lambda1 * min(1, (step + 1) / max(1, args.ve_warmup))
+        lambda1 = keeper.lambda1 if keeper else args.lambda1
+        lambda1 = lambda1 * min(1, (step + 1) / max(1, args.ve_warmup))
 
         optimizer.zero_grad(set_to_none=True)
         rows = x, seen, target, *draws
@@ -391,6 +402,8 @@ def main(argv: list[str] | None = None) -> None:
                     total = total + weight * loss
                     terms |= {other.name: loss, f"{other.name}_weight": weight}
             (total / args.accumulate).backward()
+            if keeper:
+                keeper.see(mean, logvar)
 
         lr = runtime.learning_rate(step, args.steps, args.lr, args.warmup,
                                    args.cooldown, args.cosine)
@@ -402,6 +415,9 @@ def main(argv: list[str] | None = None) -> None:
             if step >= other.start:
                 other.learn(lr)
         terms |= {"total": total, "grad_norm": norm / x[0].numel()}
+        if keeper:
+            keeper.step()
+            terms["lambda1"] = lambda1
         finite.add(step, terms)
 
         step += 1
@@ -422,8 +438,8 @@ def main(argv: list[str] | None = None) -> None:
                 scores, statistics = validate(
                     tokenizer, val, args.seed, reconstruction,
                     picture=args.out / f"images/{step:07d}.png")
-                if args.loss == "ve" and args.lambda1 and not tokenizer.diffuses:
-                    scores["balance"] = scores["noise_cost"] / args.lambda1   # 1: Eq. 14
+                if args.loss == "ve" and lambda1 and not tokenizer.diffuses:
+                    scores["balance"] = scores["noise_cost"] / float(lambda1)   # 1: Eq. 14
                 log.write(step=step, held_out=scores)
                 state = {name: part.state_dict() for name, part in parts.items()}
                 state |= statistics | {

@@ -150,7 +150,7 @@ DEFAULTS = dict(
     disc_weight=0.0, disc_start=2501, align_weight=0.0, batch=4, accumulate=1, lr=1e-3,
     steps=3, clip=1.0, warmup=100, cooldown=0.0, seed=0, cosine=False, betas=(0.5, 0.9),
     weight_decay=0.0, semantic_weight=0.0, semantic_at="latent", disc_mode="adaptive",
-    teacher="my_teacher:pooled", regularizer=None)
+    teacher="my_teacher:pooled", regularizer=None, target_noise=None)
 # The layers at which alignment and adversary are balanced with L_rec.
 LAYERS = {"vit-shapes": ("adapter", "smooth.1"), "gae-demo": ("adapter", "smooth.1"),
           "vit-demo": ("adapter", "decoder.linear"), "gae-d32": ("adapter", "decoder.linear"),
@@ -264,6 +264,10 @@ def networks(s, init=None):
             nn.Conv2d(24, 12, 1))
     if s.regularizer == "lmr":
         trained["mask_token"] = nn.ParameterDict({"token": torch.randn(tokenizer.channels)})
+    if s.target_noise:
+        given = nn.Module()
+        given.register_buffer("log_lambda1", torch.tensor(s.lambda1).log())
+        trained["lambda1"] = given
     adamw = dict(betas=s.betas, weight_decay=s.weight_decay)
     optimizer = torch.optim.AdamW(trained.parameters(), **adamw)
     if not s.disc_weight:
@@ -289,14 +293,18 @@ def written_out(s, parts):
         scale = runtime.global_randn((s.batch,), CPU, s.seed, "scale", step)
         noise = runtime.global_randn((s.batch, 3, 32, 32), CPU, s.seed, "decoder", step)
         t = runtime.global_rand(s.batch, CPU, s.seed, "decoder's time", step)
-        lambda1 = s.lambda1 * min(1, (step + 1) / max(1, s.ve_warmup))
+        lambda1 = s.lambda1
+        if s.target_noise:
+            lambda1 = parts["lambda1"].log_lambda1.exp()
+        lambda1 = lambda1 * min(1, (step + 1) / max(1, s.ve_warmup))
         optimizer.zero_grad()
-        pairs = []
+        pairs, posteriors = [], []
         seen, target, change = route(s, step, x, token)
         rows = x, seen, target, eps, scale, noise, t.view(-1, 1, 1, 1)
         for x, seen, target, eps, scale, noise, t in zip(*(a.chunk(s.accumulate) for a in rows)):
             mean, logvar = tokenizer.encode(seen).tensor_split([tokenizer.channels], dim=1)
             z = mean + deviation(s, logvar, scale) * eps
+            posteriors.append((mean.detach(), logvar.detach().exp()))
             if s.model.startswith("dgae"):   # one step of the decoder at a random time
                 x_t = (1 - t) * noise + t * x
                 v_hat = tokenizer.decoder(x_t, t.flatten(), tokenizer.post_quant_conv(change(z)))
@@ -347,6 +355,12 @@ def written_out(s, parts):
         optimizer.param_groups[0]["lr"] = rate
         norm = nn.utils.clip_grad_norm_(parameters, s.clip * PIXELS)
         optimizer.step()
+        if s.target_noise:   # one hundredth of what is missing from the logarithm
+            means, variances = map(torch.cat, zip(*posteriors))
+            share = variances.mean((0, 2, 3)) / means.var((0, 2, 3), correction=0)
+            missing = math.log(s.target_noise**2) - share.mean().log()
+            parts["lambda1"].log_lambda1 += 0.01 * missing.clamp(-1, 1)
+            log["lambda1"] = lambda1
         if pairs:
             critic_optimizer.param_groups[0]["lr"] = rate
             critic_optimizer.zero_grad()
@@ -461,6 +475,8 @@ EVERYTHING = LARGE | dict(perceptual_weight=0.7, disc_weight=0.5, disc_start=1,
     LARGE | dict(loss="none"),
     LARGE | dict(loss="log-entropy"),
     LARGE | dict(loss="negative-variance", ve_warmup=2),
+    LARGE | dict(target_noise=0.9, batch=6, accumulate=3, ve_warmup=2),
+    LARGE | dict(target_noise=1e-3),
     EVERYTHING | dict(disc_weight=0.0),
     EVERYTHING | dict(model="f16d32"),
     EVERYTHING | dict(model="vit-shapes", batch=6, accumulate=3, seed=3),
@@ -777,8 +793,9 @@ GAE_FLAGS = ["--preset", "gae-demo", "--teacher", "my_teacher:target16"]
     ALL_NETWORKS, ["--preset", "dgae-demo"],
     ["--preset", "gae-demo", "--semantic-at", "post", "--teacher", "my_teacher:pooled"],
     [*GAE_FLAGS, "--disc-weight", "0.5", "--disc-mode", "constant", "--disc-start", "1"],
+    ["--target-noise", "0.3"],
     *(["--regularizer", name] for name in objectives.REGULARIZERS)],
-    ids=["all", "dgae", "gae after the latent", "gae", *objectives.REGULARIZERS])
+    ids=["all", "dgae", "gae after the latent", "gae", "target", *objectives.REGULARIZERS])
 def test_two_plus_two_steps_are_four(tmp_path, tiny, flags):
     whole = train(tmp_path / "whole", *flags)
     train(tmp_path / "parts", *flags, "--steps", "2")
@@ -804,6 +821,19 @@ def test_after_a_sigkill_the_same_command_ends_with_the_same_bits(tmp_path):
     resumed = train(out, *flags)
     assert same(whole["model"], resumed["model"])
     assert same(whole["optimizer"], resumed["optimizer"])
+
+
+@pytest.mark.parametrize("lambda1", [1e-4, 10.0])
+def test_lambda1_settles_where_the_noise_is_the_wanted_share(lambda1):
+    """sigma^4 = lambda1 / T, the place of Eq. 14, with a spread of 2: noise of 0.2 is
+    10 %, and the lambda1 is 0.2^4 T = 0.08.  500 of 5,000 steps are one time constant."""
+    keeper, sensitivity = objectives.NoiseTarget(0.1, lambda1, steps=5000), 50.0
+    mean = torch.tensor([2.0, -2.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    for _ in range(5000):
+        logvar = (keeper.lambda1 / sensitivity).log() / 2
+        keeper.see(mean, logvar.expand_as(mean))
+        keeper.step()
+    assert keeper.lambda1.item() == pytest.approx(0.08, rel=0.01)
 
 
 def test_a_finished_run_keeps_its_checkpoint(tmp_path, tiny):
@@ -868,6 +898,12 @@ def test_two_processes_train_a_neighbour_as_one(tmp_path, flags):
     a, b = (state["optimizer"]["state"] for state in (one, two))
     a, b = a[max(a)]["exp_avg"], b[max(b)]["exp_avg"]   # of a map of its own, or of the token
     assert (a - b).norm() < 1e-3 * a.norm()
+
+
+def test_two_processes_keep_one_lambda1(tmp_path):
+    flags = ["--target-noise", "4", "--model", "vit-demo"]   # within a factor of e^0.5
+    one, two = train(tmp_path / "one", *flags), train_by_two(tmp_path / "two", *flags)
+    assert_close(one["lambda1"], two["lambda1"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["eq", "mae"])
@@ -987,6 +1023,9 @@ def test_other_images_go_on_with_a_run_only_if_accepted(tmp_path, tiny, capsys):
     ("--model demo --semantic-weight 1 --semantic-at pre --teacher my_teacher:pooled",
      "needs a ViT"),
     ("--gan-weight 1", "--gan-weight"),
+    ("--target-noise 0.1 --loss kl", "needs --loss ve"),
+    ("--target-noise 0.1 --lambda1 0", "--lambda1 above 0"),
+    ("--target-noise 0", "--target-noise"),
     ("--regularizer best", "--regularizer: invalid choice"),
     ("--regularizer eq --preset dgae-demo", "choose lcr, lmr or repa"),
     ("--regularizer eq --model demo --perceptual-weight 1", "needs --size 64"),
