@@ -31,6 +31,7 @@ from typing import Any
 import runtime  # before torch, because it says how idle threads wait
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import frozen
@@ -49,6 +50,58 @@ REGULARIZERS: dict[str, dict[str, Any]] = {
     "mae": dict(least=-0.1, most=0.3),
     "repa": dict(weight=0.1),
 }
+
+# ------------------------------------------------------------------------------
+# What the regularisers do to a latent or an image, as functions.  One is a loss.  The
+# others change what the encoder sees or the decoder gets, and leave the losses as
+# they are.  REPA (Yu et al. 2024) is `losses.cosine_distance`, of a network of z.
+
+
+def local_correlation(mean: Tensor) -> Tensor:
+    """rho of SSVAE (Liu et al. 2025): how alike neighbouring positions are.
+
+    The mean correlation, over channels, of the six pairs in each window of 2 x 2
+    positions.  LCR is max(0, 0.75 - rho) of means that are standardised, channel by
+    channel.  For unit vectors u the sum over pairs is (|sum of u|^2 - 4) / 2.
+
+    mean: [B, C, h, w] with C, h and w at least 2; an odd last row or column is left
+    out.  -> [], from -1/3 to 1.
+    """
+    u = F.normalize(mean - mean.mean(1, keepdim=True), dim=1, eps=1e-8)
+    together = 4 * F.avg_pool2d(u, 2)
+    return ((together.square().sum(1) - 4) / 12).mean()
+
+
+def moved(a: Tensor, side: int, turns: int) -> Tensor:
+    """EQ-VAE (Kouzelis et al. 2025): resize to side x side, and turn by quarters.
+
+    The decoder must make the moved image of the moved latent.  A penalty on the
+    distance of encode(moved x) and moved z itself would let the latent collapse.
+    a: [B, C, H, H] -> [B, C, side, side]
+    """
+    if side != a.shape[-1]:
+        a = F.interpolate(a, side, mode="bilinear")
+    return a.rot90(turns, (2, 3))
+
+
+def hide_positions(z: Tensor, token: Tensor, hidden: Tensor) -> Tensor:
+    """LMR of SSVAE: a learned token [C] in place of z where hidden [h, w] is true.
+
+    The decoder must make the whole image all the same.  z: [B, C, h, w]
+    """
+    return torch.where(hidden, token[:, None, None], z)
+
+
+def hide_patches(x: Tensor, hidden: Tensor) -> Tensor:
+    """Masking for a ViT (MAETok, DeTok): patches become grey, which is 0.
+
+    Its embedding has no bias, so that a grey patch is a token of its position alone.
+    The decoder must make the whole image all the same.
+    x: [B, 3, H, W], hidden: [B, h, w], true for the patches to hide.
+    """
+    wide = F.interpolate(hidden[:, None].float(), x.shape[2:]).bool()
+    return x.masked_fill(wide, 0.0)
+
 
 # ------------------------------------------------------------------------------
 # The reconstruction, and more losses where they have a weight.  Some of them bring a
@@ -278,7 +331,7 @@ class LocalCorrelation:
             return runtime.all_reduce_mean(a.detach().mean((0, 2, 3), keepdim=True))
 
         centred = mean - average(mean)
-        rho = losses.local_correlation(centred / (average(centred.square()).sqrt() + 1e-6))
+        rho = local_correlation(centred / (average(centred.square()).sqrt() + 1e-6))
         pulls = runtime.all_reduce_mean(rho.detach().clone()) < self.threshold
         return torch.where(pulls, self.threshold - rho, 0.0)
 
@@ -411,10 +464,10 @@ class MovedLatent(Route):
         turns = int(torch.randint(1, 4, (), generator=draw))
         self.side_now = side if moves and self.resizes else self.side
         self.turns = turns if moves else 0
-        return x, losses.moved(x, self.side_now * self.stride, self.turns)
+        return x, moved(x, self.side_now * self.stride, self.turns)
 
     def enter(self, decoder: nn.Module, inputs: tuple[Tensor]) -> Tensor | None:
-        return losses.moved(*inputs, self.side_now, self.turns) if decoder.training else None
+        return moved(*inputs, self.side_now, self.turns) if decoder.training else None
 
 
 class MaskedLatent(Route):
@@ -426,7 +479,7 @@ class MaskedLatent(Route):
             self.token = nn.Parameter(torch.randn(channels))
 
         def forward(self, z: Tensor, hidden: Tensor) -> Tensor:
-            return losses.hide_positions(z, self.token, hidden)
+            return hide_positions(z, self.token, hidden)
 
     def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
                  rt: Runtime) -> None:
@@ -463,7 +516,7 @@ class MaskedImage(Route):
         shape = self.batch // self.rt.world, self.side**2
         order = runtime.global_randn(shape, self.rt, self.seed, "patches", step)[:len(x)]
         hidden = order.argsort(1).argsort(1) < round(share * shape[1])
-        return losses.hide_patches(x, hidden.view(-1, self.side, self.side)), x
+        return hide_patches(x, hidden.view(-1, self.side, self.side)), x
 
 
 # ------------------------------------------------------------------------------
