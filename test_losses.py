@@ -7,7 +7,6 @@ come the formulas, against closed forms and independent oracles.
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
