@@ -379,12 +379,12 @@ class NoiseTarget(nn.Module):
 
         log lambda1 += rate * clamp(log(target^2 / share^2), -1, 1)
 
-    with a rate that lets lambda1 settle within the first third of the training.
+    with a rate of 40 / steps, so that lambda1 follows within a twentieth of the training.
     """
 
     def __init__(self, target: float, lambda1: float, steps: int) -> None:
         super().__init__()
-        self.target, self.rate = target, min(0.01, 20 / steps)
+        self.target, self.rate = target, min(0.02, 40 / steps)
         self.register_buffer("log_lambda1", torch.tensor(lambda1).log())
         self.seen: list[Tensor] = []
 
