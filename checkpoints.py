@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import models
+import neighbours
 from runtime import InputError
 
 # ------------------------------------------------------------------------------
@@ -242,8 +243,8 @@ def build(make: Callable, config: dict, state: Any, path: str | Path) -> Any:
     state = tensors(state)
     try:
         networks: dict[Any, type] = {
-            models.build_dit: models.DiT, models.build_teacher: models.SemanticTeacher}
-        network: Any = networks.get(make) or models.ARCHITECTURES[config["arch"]]
+            models.build_dit: models.DiT, neighbours.build_teacher: neighbours.SemanticTeacher}
+        network: Any = networks.get(make) or models.architecture(config["arch"])
         hints = typing.get_type_hints(network.__init__)
         wrong = [name for name in config if name in hints and not fits(config[name], hints[name])]
         blocks = sum(config.get(name, 0) for name in ("depth", "num_res_blocks", "unet_blocks"))

@@ -27,7 +27,7 @@ import checkpoints
 import data
 import frozen
 import losses
-import models
+import neighbours
 from runtime import InputError
 
 # ------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--features {args.features} gives {list(shape)} for one image: "
                          f"--grid needs [1, D, {args.grid}, {args.grid}]")
     torch.manual_seed(args.seed)   # the same weights in every process
-    teacher = models.SemanticTeacher(shape[1], args.grid, args.channels, args.window)
+    teacher = neighbours.SemanticTeacher(shape[1], args.grid, args.channels, args.window)
     learned = rt.wrap(teacher.to(rt.device))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=args.lr, betas=(0.9, 0.98),
                                   weight_decay=0.05, fused=True)
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @torch.no_grad()
-def held_out(teacher: models.SemanticTeacher, features: Any, val: data.Dataset) -> float:
+def held_out(teacher: neighbours.SemanticTeacher, features: Any, val: data.Dataset) -> float:
     """The loss of 256 held-out images."""
     total, count, device = 0.0, 0, teacher.position.device
     for part in data.once(val, 32, limit=256, device=device):

@@ -38,6 +38,7 @@ import data
 import flow
 import metrics
 import models
+import neighbours
 import objectives
 from losses import (exponential_magnitude, inverse_variance, kl_divergence, log_entropy,
                     negative_variance, square_magnitude)
@@ -267,7 +268,7 @@ def blocks_of(tokenizer: nn.Module) -> list[nn.Module]:
     `balance` wants the gradient there alone, and a graph that holds them would
     compute all of its gradients.
     """
-    kinds = models.Level, models.VitBlock, models.TimeBlock
+    kinds = models.Level, models.VitBlock, neighbours.TimeBlock
     return [module for module in tokenizer.modules() if isinstance(module, kinds)]
 
 

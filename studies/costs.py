@@ -29,6 +29,7 @@ import flow
 import frozen
 import losses
 import models
+import neighbours
 import objectives
 import train_dit
 import train_tokenizer
@@ -148,7 +149,7 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
         demo = args.preset == "gae-demo"   # whose teacher looks at a judge's features
         features = (frozen.Convolutions(judge := frozen.ShapesJudge(), args.size, judge.body[:-1])
                     if demo else frozen.DinoV2(1024, 24, side, imagenet=True))
-        narrow = models.SemanticTeacher(96 if demo else 1024, side, net.channels, 4 >> demo)
+        narrow = neighbours.SemanticTeacher(96 if demo else 1024, side, net.channels, 4 >> demo)
         semantic = as_on_cuda(nn.Sequential(features, narrow))
         others.append(semantic.requires_grad_(False))
     if args.disc_weight:

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import flow
 import models
+import neighbours
 from runtime import InputError
 
 GOLDEN = Path(__file__).parents[1] / "../shared/golden"
@@ -173,7 +174,7 @@ def test_sizes_of_gae_and_its_teacher():
     with torch.device("meta"):
         net = models.build_tokenizer(models.AUTOENCODERS["gae-d32"] | dict(
             noise="gaussian", sigma=0.2))
-        teacher = models.SemanticTeacher(1024, 16, 32)
+        teacher = neighbours.SemanticTeacher(1024, 16, 32)
     parts = net.encoder, net.decoder, net.adapter
     assert [round(count(part) / 1e6, 2) for part in parts] == [310.38, 309.36, 0.03]
     assert count(net.adapter) == 32_768
@@ -329,7 +330,7 @@ def test_a_step_of_a_diffusion_decoder():
 @torch.no_grad()
 def test_unet_against_plain_loops():
     """Two levels with one block each; the latent is enlarged to the nearest position."""
-    net = filled(models.UNet(8, (1, 2), 1, 4))
+    net = filled(neighbours.UNet(8, (1, 2), 1, 4))
     x_t, t, z = arr("x_t", 2, 3, 8, 8), torch.tensor([0.3, 0.9]), arr("z", 2, 4, 4, 4)
     w = dict(net.state_dict())
 
@@ -386,7 +387,7 @@ def test_unet_against_plain_loops():
 def test_the_teacher_against_plain_loops():
     """A grid of 4 x 4 in windows of 2 x 2; the rows of an unfolded window run over
     channels, then over its positions."""
-    teacher = filled(models.SemanticTeacher(8, 4, 3, window=2))
+    teacher = filled(neighbours.SemanticTeacher(8, 4, 3, window=2))
     f, w = arr("f", 2, 8, 4, 4), dict(teacher.state_dict())
 
     def rms(h):

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import checkpoints
 import data
 import frozen
-import models
+import neighbours
 import train_teacher
 import train_tokenizer
 
@@ -61,7 +61,7 @@ def test_three_steps_are_those_written_out(tmp_path):
     finally:
         train_teacher.PRESETS["demo"]["warmup"] = before
     torch.manual_seed(0)
-    teacher = models.SemanticTeacher(96, 4, 16, window=2)
+    teacher = neighbours.SemanticTeacher(96, 4, 16, window=2)
     optimizer = torch.optim.AdamW(teacher.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     judge = frozen.load_teacher("judge", 4)
     images = data.batches(data.open_dataset("shapes", 32, "train"), 4)
