@@ -354,7 +354,8 @@ class Target(nn.Module):
     def __init__(self, path: str, side: int) -> None:
         super().__init__()
         file = checkpoints.read(path, "teacher")
-        made = checkpoints.build(neighbours.build_teacher, file["model_config"], file["model"], path)
+        made = checkpoints.build(
+            neighbours.build_teacher, file["model_config"], file["model"], path)
         if made.config["side"] != side:
             raise InputError(f"{path} teaches a grid of {made.config['side']} x "
                              f"{made.config['side']}, but the latent has {side} x {side}: "

@@ -519,9 +519,32 @@ def micro_batches(module: nn.Module | list[nn.Module], count: int,
             yield part
 
 
-# To what a step keeps comes what the allocator loses between tensors, and what CUDA,
-# cuDNN and NCCL keep for themselves.
+# What the forward pass keeps for the backward pass, without and with --recompute, as
+# studies/costs.py counts it: kilobytes for a pixel of an image, with all losses, by the
+# tokenizer; and bytes for a token, a block and a unit of width, by the transformer.  Other
+# tokenizers keep less.  To this comes what the allocator loses between tensors, and what
+# CUDA, cuDNN and NCCL keep for themselves.
+OF_PIXEL = {
+    "f8d4": (33.5, 19), "f8d8": (33.5, 19), "f16d16": (25.5, 21.5), "f16d32": (25.5, 21.5),
+    "vit-l": (15, 9.5), "gae-d32": (15, 9.5), "gae-d64": (15, 9.5),
+    "dgae-b": (62.5, 22), "dgae-m": (86.5, 28), "dgae-l": (110.5, 34)}
+OF_TOKEN = {"lightningdit": (60, 10), "sit": (55, 10)}
 LOST, OTHERS = 1.1, 2 * 2**30
+
+
+def kept_of_image(model: str, size: int, precision: str) -> tuple[float, float]:
+    """Bytes that a step keeps of an image, without and with recomputing the decoder."""
+    pixels = size * size * (2 if precision == "fp32" else 1)
+    without, recomputed = OF_PIXEL.get(model, (6, 6))
+    return 1000 * pixels * without, 1000 * pixels * recomputed
+
+
+def kept_of_latent(config: dict, precision: str) -> tuple[float, float]:
+    """Bytes that a step keeps of a latent, without and with recomputing the blocks."""
+    tokens = (config["input_size"] // config["patch"]) ** 2
+    units = tokens * config["depth"] * config["width"] * (2 if precision == "fp32" else 1)
+    without, recomputed = OF_TOKEN[config["family"]]
+    return units * without, units * recomputed
 
 
 def fit(runtime: Runtime, images: int, kept: tuple[float, float], parameters: int,

@@ -52,9 +52,6 @@ PRESETS = {
         model="XL", optimizer="muon", steps=530 * 1668, batch=768, lr=1.8e-4),
     "gae": BASE | dict(model="XL", shift=0.7, latent="mean"),
 }
-# Bytes that a training keeps of each token, in each block, for each unit of width, and
-# those with --recompute.  studies/costs.py counts them.
-KEPT = {"lightningdit": (60, 10), "sit": (55, 10)}
 SMOKE = dict(
     steps=4, batch=4, warmup=1, log_every=1, save_every=2, grid_steps=1, shapes=64,
     workers=0, tokenizer=Path("runs/smoke/tokenizer/checkpoint.pt"),
@@ -174,14 +171,6 @@ def build(row: str, init: Path | None, latents: data.LatentSet) -> models.DiT:
     return dit
 
 
-def kept_by(config: dict, precision: str) -> tuple[float, float]:
-    """Bytes that a step keeps of an image, without and with recomputing the blocks."""
-    tokens = (config["input_size"] // config["patch"]) ** 2
-    units = tokens * config["depth"] * config["width"] * (2 if precision == "fp32" else 1)
-    without, recomputed = KEPT[config["family"]]
-    return units * without, units * recomputed
-
-
 # ------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024) takes the matrices of attention and MLP.  With
 # "match_rms_adamw" its steps are as large as AdamW's, so that one rate fits both.
@@ -279,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     dit = build(args.model, args.init, latents).to(rt.device)
     numbers = sum(p.numel() for p in dit.parameters())
     args.accumulate, args.recompute = runtime.fit(
-        rt, args.batch // rt.world, kept_by(dit.config, args.precision), numbers,
+        rt, args.batch // rt.world, runtime.kept_of_latent(dit.config, args.precision), numbers,
         args.accumulate, args.recompute)
     dit.recompute = args.recompute
     learner = Learner(dit, args.optimizer, args.lr, args.betas, args.ema, args.ramp)

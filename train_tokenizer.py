@@ -100,12 +100,6 @@ PRESETS = {
 }
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, val_images=8,
              workers=0, out=Path("runs/smoke/tokenizer"))
-# Kilobytes that a training keeps of each pixel, and those with --recompute, with all
-# losses.  studies/costs.py counts them.  What is not named keeps less.
-KEPT = {
-    "f8d4": (33.5, 19), "f8d8": (33.5, 19), "f16d16": (25.5, 21.5), "f16d32": (25.5, 21.5),
-    "vit-l": (15, 9.5), "gae-d32": (15, 9.5), "gae-d64": (15, 9.5),
-    "dgae-b": (62.5, 22), "dgae-m": (86.5, 28), "dgae-l": (110.5, 34)}
 # A run may go on with other values of these.
 FREE = {"steps", "epochs", "save_every", "log_every", "workers", "device", "out", "smoke",
         "compile", "recompute", "accumulate"}
@@ -255,13 +249,6 @@ def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
     return tokenizer.to(rt.device, memory_format=torch.channels_last)
 
 
-def kept_by(model: str, size: int, precision: str) -> tuple[float, float]:
-    """Bytes that a step keeps of an image, without and with recomputing the decoder."""
-    pixels = size * size * (2 if precision == "fp32" else 1)
-    without, recomputed = KEPT.get(model, (6, 6))
-    return 1000 * pixels * without, 1000 * pixels * recomputed
-
-
 def blocks_of(tokenizer: nn.Module) -> list[nn.Module]:
     """What is compiled.  The last layers stay outside.
 
@@ -338,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         parts["lambda1"] = keeper
     parts["optimizer"] = optimizer = objectives.adamw(parameters, args)
     args.accumulate, args.recompute = runtime.fit(
-        rt, args.batch // rt.world, kept_by(args.model, args.size, args.precision),
+        rt, args.batch // rt.world, runtime.kept_of_image(args.model, args.size, args.precision),
         sum(p.numel() for p in parameters), args.accumulate, args.recompute)
     tokenizer.decoder.recompute = args.recompute
     judges = reconstruction.networks + [other.net for other in others if other.name == "adv"]

@@ -382,7 +382,7 @@ def transformer(run: Run) -> list[Row]:
     rows = []
     for model, images in run.sizes.transformers:
         net, (z, eps, t, y) = benchmark.build_dit(run.bench(model, images, False))
-        kept = train_dit.kept_by(net.config, "bf16")
+        kept = runtime.kept_of_latent(net.config, "bf16")
         numbers = sum(p.numel() for p in net.parameters())
         parts, _ = runtime.fit(run.rt, images, kept, numbers, None, False)
         z, eps, t, y = (a[:images // parts] for a in (z, eps, t, y))

@@ -85,7 +85,8 @@ def commands(arm: Arm, seed: int, folder: Path, teacher: Path, data: str, count:
     made[folder / "scores/results.json"] = f"{score}/scores --noise 0.2 0.5 --probe {probe}"
     if arm.decode_steps:
         made[folder / "scores/results.json"] += " --decode-steps 10"
-    for steps in arm.decode_steps if data == "shapes" else ():   # of fewer images, because 50 steps of a U-Net take time
+    # Of fewer images, because 50 steps of a U-Net take time.
+    for steps in arm.decode_steps if data == "shapes" else ():
         made[folder / f"scores-{steps}/results.json"] = (
             f"{score}/scores-{steps} --noise --decode-steps {steps} --limit {count * 2 // 5}")
     if arm.generates and generate:

@@ -271,7 +271,7 @@ def test_a_transformer_keeps_what_the_table_says(preset, recompute):
     args = train_dit.parse(["--preset", preset])
     args.recompute = recompute
     config = models.DITS[args.model] | dict(input_size=16)
-    table = train_dit.kept_by(config, "bf16")[recompute]
+    table = runtime.kept_of_latent(config, "bf16")[recompute]
     counted = grows(train_dit, args, 32)
     assert counted <= table and (recompute or table < 1.05 * counted)
 
@@ -281,7 +281,7 @@ def test_a_transformer_keeps_what_the_table_says(preset, recompute):
 def test_a_tokenizer_keeps_what_the_table_says(preset, recompute):
     args = train_tokenizer.parse(["--preset", preset])
     args.recompute = recompute
-    table = train_tokenizer.kept_by(args.model, args.size, "bf16")[recompute]
+    table = runtime.kept_of_image(args.model, args.size, "bf16")[recompute]
     counted = grows(train_tokenizer, args, 4)
     assert counted <= table and (recompute or table < 1.05 * counted)
 
@@ -294,7 +294,7 @@ def test_the_paper_s_largest_training_fits_in_the_parts_that_are_chosen(monkeypa
     free = costs.CARD - 2**29 - half["gradients"]   # the weights are there
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 0))
     card = runtime.Runtime(torch.device("cuda"))
-    chosen = runtime.fit(card, 192, train_dit.kept_by(config, "bf16"), half["parameters"],
+    chosen = runtime.fit(card, 192, runtime.kept_of_latent(config, "bf16"), half["parameters"],
                          None, None)
     assert chosen == (2, False)
     assert costs.needed(half) <= costs.CARD
