@@ -16,8 +16,8 @@ is summed over C, H, W and averaged over the batch.
     negative-variance   as ve, with -lambda1 sigma^2             Analyze 2
 
 Where the decoder is a diffusion model (DGAE), L_rec is the squared error of its
-velocity plus LPIPS.  --regularizer adds what other papers do to make the latent
-easier to diffuse; see objectives.py.
+velocity plus LPIPS.  --target-noise finds lambda1 while it trains, and --regularizer
+adds what other papers do to make the latent easier to diffuse; see objectives.py.
 
 --out receives checkpoint.pt, log.jsonl and images/.  After a crash the same
 command goes on from the checkpoint, and ends with the same numbers.
