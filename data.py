@@ -172,7 +172,8 @@ class Cifar10(Pictures):
 
     def __init__(self, size: int, split: str, root: str) -> None:
         try:
-            cifar = torchvision.datasets.CIFAR10(root, split == "train", download=True)
+            with runtime.turn(Path(root)):   # one process downloads it for all
+                cifar = torchvision.datasets.CIFAR10(root, split == "train", download=True)
         except Exception as error:   # from URLError to a tar file that ends too early
             reason = " ".join(str(error).split())
             raise InputError(f"cifar10 is not in {root} and cannot be downloaded "
@@ -402,12 +403,12 @@ def batches(dataset: Dataset, batch: int, seed: int = 0, start: int = 0,
     """Endless batches from number `start` on, of `batch` images on all ranks.
 
     Yields x [b, 3, s, s] in [-1, 1], pixels (x as uint8) and y [b] on `device`,
-    index [b], and skipped, the names of images that cannot be read.  These are left
-    out, so that b may be less than batch / world.
+    index [b], and skipped, the names of images that cannot be read.  Others of the
+    batch take their places, so that b is always batch / world.
     augment: crop at random, and mirror one half of the images.
     """
     plan = training_plan(len(dataset), batch, seed, start, rank, world)
-    return load(Reader(dataset, seed, augment), plan, workers, device)
+    return load(Reader(dataset, seed, augment, whole=True), plan, workers, device)
 
 
 def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1,
@@ -415,6 +416,7 @@ def once(dataset: Dataset, batch: int, rank: int = 0, world: int = 1,
          device: Device = "cpu", x: bool = True) -> Iterator[dict]:
     """Every image once over all ranks, cropped at the centre; else as `batches`.
 
+    Images that cannot be read are left out.
     limit: only so many images, spread evenly over the data set.  x: False spares it.
     """
     n = len(dataset)
@@ -440,10 +442,13 @@ def training_plan(n, batch, seed, start, rank, world):
 
 
 class Reader:
-    """Makes a batch of bytes from an entry of a plan, as a worker does it."""
+    """Makes a batch of bytes from an entry of a plan, as a worker does it.
 
-    def __init__(self, dataset, seed=0, augment=False):
-        self.dataset, self.seed, self.augment = dataset, seed, augment
+    whole: images of the batch take the places of those that cannot be read.
+    """
+
+    def __init__(self, dataset, seed=0, augment=False, whole=False):
+        self.dataset, self.seed, self.augment, self.whole = dataset, seed, augment, whole
 
     def __getitem__(self, entry):
         indices, positions = entry   # of the plan
@@ -456,9 +461,12 @@ class Reader:
             kept[row] = image is not None
             if kept[row]:
                 pixels[row] = image.flip(2) if mirrored[row] else image
-        pixels = torch.from_numpy(pixels if kept.all() else pixels[kept])
-        return {"pixels": pixels, "y": self.dataset.labels(indices[kept]),
-                "index": torch.from_numpy(indices[kept]),
+        rows = np.flatnonzero(kept)
+        if self.whole and len(rows):
+            rows = np.resize(rows, len(kept))   # from the first one on, once more
+        pixels = torch.from_numpy(pixels if kept.all() else pixels[rows])
+        return {"pixels": pixels, "y": self.dataset.labels(indices[rows]),
+                "index": torch.from_numpy(indices[rows]),
                 "skipped": [self.dataset.name_of(index) for index in indices[~kept]]}
 
 

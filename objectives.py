@@ -307,8 +307,8 @@ class RepresentationMatch(Alignment):
 class LocalCorrelation:
     """SSVAE's LCR: neighbouring positions of the mean correlate over the channels.
 
-    Channels are standardised by the whole batch, and rho is that of the whole batch,
-    on however many processes.
+    Channels are standardised by a part of the batch (--accumulate) on all processes, and
+    rho is the mean of it.
     """
 
     name, start, maximum, constant = "lcr", 0, 1e8, False
@@ -373,8 +373,8 @@ def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
 class NoiseTarget(nn.Module):
     """Moves lambda1 until the latent's noise is the wanted share of its spread.
 
-    The share is the root of sigma^2 / spread^2, averaged over channels, as
-    `relative_noise` of the log.  Where Eq. 14 holds, sigma^4 = lambda1 / T, and four
+    The share is the root of sigma^2 / spread^2 in the median channel, because a channel
+    that says nothing has no spread.  Where Eq. 14 holds, sigma^4 = lambda1 / T, and four
     times the lambda1 gives twice the sigma^2.  Each step therefore does
 
         log lambda1 += rate * clamp(log(target^2 / share^2), -1, 1)
@@ -402,7 +402,7 @@ class NoiseTarget(nn.Module):
     def step(self) -> None:
         """Move lambda1, by the whole batch."""
         mean, square, var = runtime.all_reduce_mean(torch.stack(self.seen).mean(0))
-        share = (var / (square - mean.square()).clamp(min=1e-12)).mean()
+        share = (var / (square - mean.square()).clamp(min=1e-12)).quantile(0.5)
         self.log_lambda1 += self.rate * (2 * math.log(self.target) - share.log()).clamp(-1, 1)
         self.seen = []
 
@@ -514,7 +514,7 @@ class MaskedImage(Route):
         least, most = REGULARIZERS["mae"].values()
         share = least + (most - least) * torch.rand((), generator=self.draw(step)).item()
         shape = self.batch // self.rt.world, self.side**2
-        order = runtime.global_randn(shape, self.rt, self.seed, "patches", step)[:len(x)]
+        order = runtime.global_randn(shape, self.rt, self.seed, "patches", step)
         hidden = order.argsort(1).argsort(1) < round(share * shape[1])
         return hide_patches(x, hidden.view(-1, self.side, self.side)), x
 

@@ -665,6 +665,18 @@ locks: dict[Path, tuple[IO, bool]] = {}   # open files that this process has loc
 made: set[Path] = set()                   # and folders that it has made for them
 
 
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process does this in the folder."""
+    with ExitStack() as stack:
+        with suppress(OSError):   # where nothing can be written, nothing is
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / ".turn", "a"))
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def lock(folder: Path, shared: bool = False) -> None:
     """Keep other processes out of a folder until this one ends, however it ends.
 

@@ -169,7 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
-             rec_of: Callable[[Tensor, Tensor], Tensor], picture: Path
+             rec_of: Callable[[Tensor, Tensor], Tensor], picture: Path, delta: float = 1e-6
              ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Scores of held-out images [N, 3, H, W], and the statistics of their z.
 
@@ -203,7 +203,7 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
     rows = dict(zip(("held-out images", "D(mean)", "D(z)"), (images, *pair)))
     rows["latent"] = nn.functional.interpolate(colours, images.shape[-2:])
     if tokenizer.learns_sigma:
-        scores["noise_cost"] = cost / inverse_variance(logvar).item()
+        scores["noise_cost"] = cost / inverse_variance(logvar, delta).item()
         low, high, shown = sigma_map(logvar[:12], images.shape[-2:])
         rows[f"sigma, from\n{low:.2g} (black)\nto {high:.2g}"] = shown
     data.save_rows(picture, {name: data.to_uint8(a[:12]).permute(0, 2, 3, 1)
@@ -280,20 +280,20 @@ def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
 # ------------------------------------------------------------------------------
 
 
-def noise(tokenizer: models.Tokenizer, x: Tensor, batch: int, seed: int, step: int,
+def noise(tokenizer: models.Tokenizer, x: Tensor, seed: int, step: int,
           rt: Runtime) -> list[Tensor]:
     """eps of Eq. 5 [b, C, h, w], and the scale [b] that a sigma-VAE may need.
 
     For a diffusion decoder also the noise of its image, and the time.
     """
-    side, b = x.shape[-1] // tokenizer.stride, batch // rt.world
+    side, b = x.shape[-1] // tokenizer.stride, len(x)
     shape = b, tokenizer.channels, side, side
     draws = [runtime.global_randn(shape, rt, seed, "eps", step),
              runtime.global_randn((b,), rt, seed, "scale", step)]
     if tokenizer.diffuses:
         draws += [runtime.global_randn((b, *x.shape[1:]), rt, seed, "decoder", step),
                   runtime.global_rand(b, rt, seed, "decoder's time", step)]
-    return [draw[:len(x)] for draw in draws]   # unreadable images are left out
+    return draws
 
 
 @runtime.command
@@ -353,9 +353,10 @@ def main(argv: list[str] | None = None) -> None:
         x = batch["x"].contiguous(memory_format=torch.channels_last)
         # What the encoder sees, and what x_hat should be: x, but for some regularisers.
         seen, target = route.begin(x, step)
-        draws = noise(tokenizer, x, args.batch, args.seed, step, rt)
+        draws = noise(tokenizer, x, args.seed, step, rt)
         lambda1 = keeper.lambda1 if keeper else args.lambda1
         lambda1 = lambda1 * min(1, (step + 1) / max(1, args.ve_warmup))
+        moves = keeper and step >= args.ve_warmup
 
         optimizer.zero_grad(set_to_none=True)
         rows = x, seen, target, *draws
@@ -364,9 +365,10 @@ def main(argv: list[str] | None = None) -> None:
                 mean, logvar, z, x_hat, *v_hat = network(seen, *draws)
 
             # Eq. 11, or one of the objectives with which it is compared.
-            rec = reconstruction(x_hat, target)
             if tokenizer.diffuses:
                 rec = reconstruction(x_hat, x, *v_hat, flow.velocity(x, draws[2]))
+            else:
+                rec = reconstruction(x_hat, target)
             rec = objectives.at_image(rec, *v_hat or [x_hat])
             if args.loss == "ve":
                 total = (rec + lambda1 * inverse_variance(logvar, args.delta)
@@ -390,7 +392,7 @@ def main(argv: list[str] | None = None) -> None:
                     total = total + weight * loss
                     terms |= {other.name: loss, f"{other.name}_weight": weight}
             (total / args.accumulate).backward()
-            if keeper:
+            if moves:
                 keeper.see(mean, logvar)
 
         lr = runtime.learning_rate(step, args.steps, args.lr, args.warmup,
@@ -404,8 +406,9 @@ def main(argv: list[str] | None = None) -> None:
                 other.learn(lr)
         terms |= {"total": total, "grad_norm": norm / x[0].numel()}
         if keeper:
-            keeper.step()
             terms["lambda1"] = lambda1
+        if moves:
+            keeper.step()
         finite.add(step, terms)
 
         step += 1
@@ -425,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
             if rt.is_main:
                 scores, statistics = validate(
                     tokenizer, val, args.seed, reconstruction,
-                    picture=args.out / f"images/{step:07d}.png")
+                    picture=args.out / f"images/{step:07d}.png", delta=args.delta)
                 if args.loss == "ve" and lambda1 and not tokenizer.diffuses:
                     scores["balance"] = scores["noise_cost"] / float(lambda1)   # 1: Eq. 14
                 log.write(step=step, held_out=scores)

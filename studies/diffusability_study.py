@@ -65,7 +65,7 @@ DECLARED = [
 
 
 def table_of_arms() -> list[Arm]:
-    return [Arm(family, value, (), flags.format(value))
+    return [Arm(family, value, flags.format(value))
             for family, values, flags in DECLARED for value in values.split()]
 
 
@@ -97,6 +97,10 @@ def teacher(x: Tensor) -> Tensor:
 
 
 class Plan(records.Plan):
+    def settings(self) -> dict[str, str]:
+        found = super().settings()
+        return found | {"scores": f"{found['scores']}, {self.recipe['decode']} decoded for a page"}
+
     def stages(self) -> list[tuple[str, Path]]:
         tokenizer, dit = (self.folder(stage) / "checkpoint.pt" for stage in ("tokenizer", "dit"))
         flags = ["--tokenizer", tokenizer, "--dit", dit, "--out", self.page, "--data", self.data,

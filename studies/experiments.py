@@ -22,6 +22,7 @@ from typing import Any
 
 import runtime  # before torch, which it tells how threads wait
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
@@ -35,8 +36,8 @@ import metrics
 import models
 from runtime import InputError
 from studies import answers
-from studies.records import (   # noqa: F401, some are for those who import them from here
-    Arm, Plan, collect, execute, is_done, is_filled, result_path, run_stages, slug)
+from studies.records import (
+    Arm, Plan, collect, execute, is_done, is_filled, result_path, run_stages)
 
 # ------------------------------------------------------------------------------
 # The sizes.  `edition` goes up when the code changes what an arm gives.  Trainings are
@@ -80,7 +81,7 @@ CANDIDATES = {"shapes": [("KL", "1e-4 1e-3 1e-2 0.1 1", KL)], "photographs": []}
 
 def table_of_arms(rung: str, seeds: Sequence[int]) -> list[Arm]:
     """All arms of a seed before those of the next, so that a part of the list is paired."""
-    return [Arm(family, value, (rung,), f"{NETWORK} {flags.format(value)}", seed)
+    return [Arm(family, value, f"{NETWORK} {flags.format(value)}", seed)
             for seed in seeds
             for family, values, flags in (DECLARED if seed else CANDIDATES)[rung]
             for value in values.split()]
@@ -239,6 +240,7 @@ def look_at(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """Real latents, and a row for each training.  Each look has a file of its own."""
     r, device, bench, found = plan.recipe, runtime.start(plan.device).device, None, []
     torch.set_float32_matmul_precision("highest")   # TF32 would change features
+    torch.backends.cudnn.allow_tf32 = False
     for training in (0, *r["trainings"]):
         path = plan.folder("scores") / f"look-{training}.json"
         if not is_filled(path):
@@ -296,6 +298,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if source not in ("shapes", "cifar10") and not Path(source).is_dir():
         raise InputError(f"--data {source} is not a folder: see RESULTS.md")
+    if source not in ("shapes", "cifar10") and (
+            data.open_dataset(source, 32, "val").labels(np.array([0])) < 0).any():
+        raise InputError(f"--data {source} has held-out images without labels: a look needs them "
+                         "in one folder for each class")
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out, results / "law.md")
     bar = tqdm([plan for plan in plans if not is_done(plan, results)], "arms")

@@ -119,7 +119,7 @@ def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
     found |= row["metrics"] | {"curve": row["curve"]}
     found["PSNR under 0.5"] = next(p["PSNR"] for p in row["curve"]
                                    if p["noise"] == "absolute" and p["level"] == 0.5)
-    found["rFD"] = next(v for k, v in row["metrics"].items() if k.startswith("rFD-"))
+    found["rFD"] = next(v for k, v in row["metrics"].items() if k.startswith(("rFD-", "rFID")))
     steps = [k for k in arm.decode_steps if (folder / f"scores-{k}/results.json").exists()]
     if steps:
         found["decode_steps"] = {
@@ -127,7 +127,8 @@ def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
     if (folder / "generation/results.json").exists():
         row = read_scores(folder / "generation/results.json")[-1]
         found["generation"] = row["metrics"] | {"FD": next(
-            v for k, v in row["metrics"].items() if k.startswith("FD-"))}
+            v for k, v in row["metrics"].items()
+            if k.startswith(("FD-", "FID")) and "real images" not in k)}
     return found
 
 

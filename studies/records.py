@@ -72,7 +72,6 @@ class Arm:
     """Arms of one family differ in one value.  The flags are of the tokenizer's training."""
     family: str
     value: str
-    rungs: tuple[str, ...]
     tokenizer: str
     seed: int = 0
 
@@ -240,7 +239,8 @@ def collect(plan: Plan) -> dict[str, Any]:
         for part in "tokenizer", "samples":
             row, = read_scores(scores / part / "results.json")
             numbers |= {name.split("-")[0].lower().replace("id", "d"): value
-                        for name, value in row["metrics"].items() if "real images" not in name}
+                        for name, value in row["metrics"].items() if "real images" not in name
+                        and (part, name) != ("tokenizer", "recognised")}   # of samples only
         features = row["protocol"]["features"]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{plan.arm.key}: a log or a score is damaged or not of this arm "

@@ -18,6 +18,7 @@ import pytest
 import runtime
 import scipy.stats
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 import checkpoints
@@ -583,6 +584,16 @@ def test_bad_input_is_one_line_and_exit_2(
     Path("file").touch()
     assert message in complaint(capsys, experiments.main, *flags)
     assert not [path for path in Path().rglob("*") if path.is_file() and path.name != "file"]
+
+
+def test_held_out_photographs_need_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "execute", None)
+    for folder in ("train/a", "train/b", "val"):
+        (tmp_path / "flat" / folder).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "flat" / folder / "0.png")
+    flags = "--rung", "photographs", "--data", f"{tmp_path}/flat", "--out", f"{tmp_path}/runs"
+    assert "held-out images without labels" in complaint(capsys, experiments.main, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["flat"]
 
 
 def test_the_judge_is_not_trained_in_vain(tmp_path, monkeypatch, capsys):

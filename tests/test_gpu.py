@@ -4,6 +4,7 @@ import json
 from functools import partialmethod
 
 import pytest
+import runtime
 import torch
 from torch import nn
 
@@ -78,6 +79,19 @@ def test_smoke_runs_every_part(tmp_path, capsys):
              for row in found["parts"][part]["rows"]]
     assert len(rates) == 8 + 3 + 4 and min(row["share"] for row in rates) > 0
     assert "| check |" in capsys.readouterr().out
+
+
+def test_checks_see_small_numbers_and_missing_ones():
+    a, b = torch.tensor([600.0, 0.5]), torch.tensor([600.0, 1.0])
+    assert gpu.farthest(a, b) == 0.5 and gpu.difference(a, b) < 1e-3
+    empty = torch.tensor([])
+    assert not gpu.check("", gpu.difference(empty, empty), 1.0)["passed"]
+
+
+def test_after_a_stage_ctrl_c_ends_the_next_part():
+    """And does not wait for it, as for a training's step."""
+    gpu.stage(lambda flags: setattr(runtime.signals, "waits", True))
+    assert not runtime.signals.waits
 
 
 def test_a_part_that_runs_again_replaces_its_numbers_and_a_failure_is_named(

@@ -38,11 +38,11 @@ def test_every_command_is_one_that_a_stage_takes(tmp_path, monkeypatch, smoke, d
         assert (tmp_path / "teacher/checkpoint.pt" in made) == (arm.question != "dgae")
 
 
-def leave(folder: Path, psnr: float, steps: tuple[int, ...] = ()) -> None:
+def leave(folder: Path, psnr: float, steps: tuple[int, ...] = (), fd: str = "FD-Shapes") -> None:
     """The files of an arm that has been trained and scored."""
     curve = [{"noise": kind, "level": level, "PSNR": psnr - level}
              for kind, level in (("none", 0.0), ("absolute", 0.5), ("relative", 0.5))]
-    row = {"metrics": {"PSNR": psnr, "recognised": 0.5, "rFD-Shapes": 2.0}, "curve": curve}
+    row = {"metrics": {"PSNR": psnr, "recognised": 0.5, f"r{fd}": 2.0}, "curve": curve}
     for name in ("scores", *(f"scores-{k}" for k in steps)):
         (folder / name).mkdir(parents=True)
         (folder / name / "results.json").write_text(json.dumps([row]))
@@ -62,6 +62,15 @@ def test_the_table_has_mean_and_deviation_over_seeds(tmp_path):
     assert [*found["DGAE, VE"]["1"]["decode_steps"]] == [1, 4, 10, 20, 50]
     neighbours.draw(json.loads(json.dumps(found)), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_distance_may_be_fid(tmp_path):
+    leave(tmp_path, 20.0, fd="FID")
+    (tmp_path / "generation").mkdir()
+    (tmp_path / "generation/results.json").write_text(json.dumps(
+        [{"metrics": {"FID of real images": 1.0, "FID": 3.0}}]))
+    found = neighbours.numbers_of(neighbours.ARMS["GAE, VE"], tmp_path)
+    assert found["rFD"] == 2 and found["generation"]["FD"] == 3
 
 
 def test_dynamic_noise_is_that_of_the_command(tmp_path):

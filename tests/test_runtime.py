@@ -725,6 +725,18 @@ def test_gather_reduce_accumulate_and_drift_with_two_processes(tmp_path, monkeyp
     assert results[1][-1] == "noticed"
 
 
+def test_processes_take_turns(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with runtime.turn(tmp_path / "new"), open(tmp_path / "new/.turn") as file:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(tmp_path / "new/.turn") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (tmp_path / "file").touch()
+    with runtime.turn(tmp_path / "file"):   # where nothing can be written, nobody waits
+        pass
+
+
 def test_a_world_of_one_needs_no_process_group():
     rows = torch.ones(2, 2)
     assert runtime.gather_rows(rows, Runtime(CPU)) is rows and runtime.all_reduce_sum(rows) is rows

@@ -358,8 +358,9 @@ def written_out(s, parts):
         if s.target_noise:   # one fiftieth of what is missing from the logarithm
             means, variances = map(torch.cat, zip(*posteriors))
             share = variances.mean((0, 2, 3)) / means.var((0, 2, 3), correction=0)
-            missing = math.log(s.target_noise**2) - share.mean().log()
-            parts["lambda1"].log_lambda1 += 0.02 * missing.clamp(-1, 1)
+            missing = math.log(s.target_noise**2) - share.quantile(0.5).log()
+            if step >= s.ve_warmup:
+                parts["lambda1"].log_lambda1 += 0.02 * missing.clamp(-1, 1)
             log["lambda1"] = lambda1
         if pairs:
             critic_optimizer.param_groups[0]["lr"] = rate
@@ -834,6 +835,15 @@ def test_lambda1_settles_where_the_noise_is_the_wanted_share(lambda1):
         keeper.see(mean, logvar.expand_as(mean))
         keeper.step()
     assert keeper.lambda1.item() == pytest.approx(0.08, rel=0.01)
+
+
+def test_a_channel_that_says_nothing_does_not_move_lambda1():
+    """Of three channels one has no spread, and noise of 1.  The others have 10 %."""
+    keeper = objectives.NoiseTarget(0.1, 0.5, steps=100)
+    mean = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1) * torch.tensor([1.0, 1, 0]).view(3, 1, 1)
+    keeper.see(mean, torch.tensor([0.01, 0.01, 1]).log().view(1, 3, 1, 1).expand_as(mean))
+    keeper.step()
+    assert keeper.lambda1.item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_finished_run_keeps_its_checkpoint(tmp_path, tiny):
