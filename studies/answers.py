@@ -51,7 +51,9 @@ def arm_of(run: dict[str, Any], quality: str) -> Arm:
     level, lost = zip(*rows[-1]["curve"])
     tolerance = math.exp(np.interp(LOST, np.maximum.accumulate(lost), np.log(level)))
     made_by = [run["features"], run["hardware"], run["date"], "PyTorch", run["versions"]["torch"]]
-    return {"arm": {key: run[key] for key in ("family", "value", "seed")} | {"name": run["arm"]},
+    # At seed 0 a KL weight was chosen, so that it is no repetition of the other seeds.
+    name = run["arm"] + " at seed 0" * (run["seed"] == 0)
+    return {"arm": {key: run[key] for key in ("family", "value", "seed")} | {"name": name},
             "rows": rows, "tolerance": tolerance, "floor": real[quality],
             "images": real["images"]["fd"], "made by": " ".join(made_by),
             "scores": run["settings"]["scores"], "sigma": real["sigma"], "psnr": real["psnr"],

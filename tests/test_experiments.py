@@ -507,6 +507,13 @@ def test_answers_are_drawn_from_the_files_alone(tmp_path):
     assert all(path.read_bytes() == old for path, old in before.items())
 
 
+def test_the_seed_that_chose_a_weight_is_told_apart(tmp_path):
+    tried = run_of("VE 1e-3", 0, [1.0, 1.0], 1.0, [0.4, 0.2], 4.0)
+    write_arms(tmp_path, *three_seeds(), tried)
+    text = draw(tmp_path)
+    assert "| VE 1e-3 | 3 |" in text and "| VE 1e-3 at seed 0 | 1 |" in text
+
+
 def test_one_arm_and_arms_without_a_pair_are_drawn(tmp_path):
     write_arms(tmp_path, run_of("VE 1e-3", 2, [60.0, 31.0], 30.0, [0.4, 0.2], 4.0))
     assert "| VE 1e-3 | 1 |  |  |" in draw(tmp_path)
