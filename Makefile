@@ -58,6 +58,8 @@ demo-ve demo-kl: demo-%: .venv/installed
 demo-scores: .venv/installed
 	$(RUN) evaluate.py --limit 1000 --out $(DEMO)/noise \
 		--tokenizer $(DEMO)/kl/tokenizer/checkpoint.pt $(DEMO)/tokenizer/checkpoint.pt
+	$(RUN) diffusability.py --limit 2000 --decode 200 --out $(DEMO)/diffusability/page.json \
+		--tokenizer $(DEMO)/tokenizer/checkpoint.pt > $(DEMO)/diffusability.txt
 
 demo-toy: export OMP_NUM_THREADS := 2
 demo-toy: .venv/installed

@@ -126,6 +126,7 @@ the toy                {folder}/toy2d/toy2d_figure1.png
 images and samples     {folder}/demo.png
 more samples           {folder}/samples/grid.png, {folder}/kl/samples/grid.png
 noise on the latent    {folder}/noise/noise_curve.png
+properties of VE's     {folder}/diffusability.txt
 """
 
 
