@@ -67,11 +67,12 @@ LEVELS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0   # of injected errors, as shares 
 
 NETWORK = "--preset demo --batch 16 --precision bf16"
 KL, VE = "--loss kl --kl-weight {}", "--loss ve --lambda1 {}"
+TARGET = "--loss ve --target-noise {}"
 SIGMA = "--loss sigma --sigma-mode fixed --mean-weight 0.06 --sigma {}"
 GAE = "--loss sigma --mean-weight 0 --model gae-demo --sigma {}"
 DECLARED = {
     "shapes": [("KL", "1e-6 1e-2", KL), ("VE", "1e-3 1e-2 0.1 1", VE),
-               ("sigma-VAE", "0.2 0.1 0.5", SIGMA)],
+               ("sigma-VAE", "0.2 0.1 0.5", SIGMA), ("VE-target", "0.1", TARGET)],
     "photographs": [("KL", "1e-6 1e-2", KL), ("VE", "1e-2 0.1", VE),
                     ("sigma-VAE", "0.2", SIGMA), ("GAE", "0.2", GAE)]}
 # The second KL weight is the best of these at seed 0, which is paired with nothing else.
