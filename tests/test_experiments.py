@@ -51,7 +51,7 @@ def test_the_arms_that_are_asked_for():
     keys = {rung: [arm.key for other, arm in CASES if other == rung]
             for rung in experiments.RUNGS}
     assert all(len(set(found)) == len(found) for found in keys.values())
-    assert len(keys["photographs"]) == 3 * 6 and len(keys["shapes"]) == 3 * 9 + 5
+    assert len(keys["photographs"]) == 3 * 6 and len(keys["shapes"]) == 3 * 10 + 5
     families = [key.split()[0] for key in keys["shapes"][:9]]
     assert [families.count(family) for family in ("KL", "VE", "sigma-VAE")] == [2, 4, 3]
     assert sum(key.endswith("seed 0") for key in keys["shapes"]) == 5
