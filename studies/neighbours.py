@@ -133,9 +133,11 @@ def numbers_of(arm: Arm, folder: Path) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and sample deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.3g} ± {deviation:.1g}"
+    """Mean and sample deviation over seeds; one value has none."""
+    mean = f"{statistics.mean(values):.3g}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {float(f'{statistics.stdev(values):.1g}'):g}"   # 12 is 10, and not 1e+01
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -64,6 +64,11 @@ def test_the_table_has_mean_and_deviation_over_seeds(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_deviations_have_one_digit():
+    assert [neighbours.spread(v) for v in ([2.0], [400.0, 420.0], [0.5, 0.52])] == [
+        "2", "410 ± 10", "0.51 ± 0.01"]
+
+
 def test_the_distance_may_be_fid(tmp_path):
     leave(tmp_path, 20.0, fd="FID")
     (tmp_path / "generation").mkdir()
