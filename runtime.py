@@ -667,11 +667,12 @@ made: set[Path] = set()                   # and folders that it has made for the
 
 @contextmanager
 def turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process does this in the folder."""
+    """Wait until no other process of this machine does this with the folder."""
+    name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     with ExitStack() as stack:
-        with suppress(OSError):   # where nothing can be written, nothing is
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(folder / ".turn", "a"))
+        with suppress(OSError):   # where no file can be opened, nobody waits
+            path = Path(tempfile.gettempdir(), f"turn-{name}")
+            file = stack.enter_context(open(path, "a"))
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield

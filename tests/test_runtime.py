@@ -725,15 +725,19 @@ def test_gather_reduce_accumulate_and_drift_with_two_processes(tmp_path, monkeyp
     assert results[1][-1] == "noticed"
 
 
-def test_processes_take_turns(tmp_path):
+def test_processes_take_turns(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
-    with runtime.turn(tmp_path / "new"), open(tmp_path / "new/.turn") as file:
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with open(tmp_path / "new/.turn") as file:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with runtime.turn(tmp_path / "new"), runtime.turn(tmp_path / "other"):
+        for path in tmp_path.glob("turn-*"):
+            with open(path) as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    paths = [*tmp_path.iterdir()]
+    assert len(paths) == 2 and not any(path.is_dir() for path in paths)
+    with open(paths[0]) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    (tmp_path / "file").touch()
-    with runtime.turn(tmp_path / "file"):   # where nothing can be written, nobody waits
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with runtime.turn(tmp_path):   # where no file can be opened, nobody waits
         pass
 
 
