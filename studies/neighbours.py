@@ -67,11 +67,14 @@ TOKENIZER, DIT = "--precision bf16", "--precision bf16 --steps 1500"
 
 
 def commands(arm: Arm, seed: int, folder: Path, teacher: Path, data: str, count: int,
-             generate: bool, smoke: bool) -> dict[Path, str]:
-    """What each file is made by, in order.  count: of the images in a score."""
+             generate: bool, smoke: bool, steps: int | None = None) -> dict[Path, str]:
+    """What each file is made by, in order.  count: of the images in a score.
+
+    steps: of the tokenizer, if not the preset's.
+    """
     seeded = f"--seed {seed} --workers 0"
     first, second, probe = (f"{seeded} --smoke",) * 2 + ("40",) if smoke else (
-        f"{seeded} {TOKENIZER}", f"{seeded} {DIT}", "5000")
+        f"{seeded} {TOKENIZER}" + (f" --steps {steps}" if steps else ""), f"{seeded} {DIT}", "5000")
     tokenizer, made, teach = folder / "tokenizer/checkpoint.pt", {}, ""
     if arm.question != "dgae":
         shown = f"{seeded} --smoke" if smoke else seeded
@@ -86,9 +89,9 @@ def commands(arm: Arm, seed: int, folder: Path, teacher: Path, data: str, count:
     if arm.decode_steps:
         made[folder / "scores/results.json"] += " --decode-steps 10"
     # Of fewer images, because 50 steps of a U-Net take time.
-    for steps in arm.decode_steps if data == "shapes" else ():
-        made[folder / f"scores-{steps}/results.json"] = (
-            f"{score}/scores-{steps} --noise --decode-steps {steps} --limit {count * 2 // 5}")
+    for euler in arm.decode_steps if data == "shapes" else ():
+        made[folder / f"scores-{euler}/results.json"] = (
+            f"{score}/scores-{euler} --noise --decode-steps {euler} --limit {count * 2 // 5}")
     if arm.generates and generate:
         dit, samples = folder / "dit/checkpoint.pt", folder / "samples/samples.npz"
         made[dit] = (f"train_dit.py {second} --tokenizer {tokenizer} --out {dit.parent} "
@@ -232,6 +235,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", default="shapes", help="shapes, cifar10, or a folder of class folders")
     add("--seeds", type=runtime.seed, nargs="+", default=[1, 2, 3], help="one run for each")
     add("--count", type=runtime.positive_int, default=500, help="images in each score")
+    add("--steps", type=runtime.positive_int, help="of the tokenizers; else their presets'")
     add("--out", type=Path, default=Path("runs/neighbours"), help="folder of the runs")
     add("--results", type=Path, default=Path("results/neighbours.json"), help="file")
     add("--generate", action="store_true", help="also train transformers, and score samples")
@@ -252,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
             slug = "".join(c if c.isalnum() or c == "." else "-" for c in name)
             folder = args.out / f"{slug}/{seed}"
             made = commands(arm, seed, folder, args.out / f"teacher/{seed}/checkpoint.pt",
-                            args.data, args.count, args.generate, args.smoke)
+                            args.data, args.count, args.generate, args.smoke, args.steps)
             scored = all(path.exists() for path in made if path.suffix == ".json")
             for path, command in made.items():
                 if args.redraw or scored or path.exists() and path.suffix == ".json":

@@ -38,6 +38,13 @@ def test_every_command_is_one_that_a_stage_takes(tmp_path, monkeypatch, smoke, d
         assert (tmp_path / "teacher/checkpoint.pt" in made) == (arm.question != "dgae")
 
 
+def test_tokenizers_may_train_longer(tmp_path):
+    made = neighbours.commands(neighbours.ARMS["DGAE, VE"], 1, tmp_path, tmp_path / "teacher.pt",
+                               "shapes", 500, False, False, 6900)
+    first = shlex.split(made[tmp_path / "tokenizer/checkpoint.pt"])
+    assert train_tokenizer.parse(first[1:]).steps == 6900
+
+
 def leave(folder: Path, psnr: float, steps: tuple[int, ...] = (), fd: str = "FD-Shapes") -> None:
     """The files of an arm that has been trained and scored."""
     curve = [{"noise": kind, "level": level, "PSNR": psnr - level}
