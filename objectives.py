@@ -379,7 +379,8 @@ class NoiseTarget(nn.Module):
 
         log lambda1 += rate * clamp(log(target^2 / share^2), -1, 1)
 
-    with a rate of 40 / steps, so that lambda1 follows within a twentieth of the training.
+    with a rate of 40 / steps, or 0.02 if that is less.  So lambda1 follows within a
+    twentieth of the training.
     """
 
     def __init__(self, target: float, lambda1: float, steps: int) -> None:
