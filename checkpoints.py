@@ -486,6 +486,18 @@ def to_diffusers(file: dict, path: Path) -> tuple[dict[str, Tensor], dict]:
         "scaling_factor": 1.0, "latents_mean": file["latent_mean"].tolist(),
         "latents_std": file["latent_std"].tolist()}
 
+def images_of(path: str | Path, file: dict, source: str | None,
+              size: int | None) -> tuple[str, int, int]:
+    """The images of a tokenizer's file: what was asked for, else what it was trained on.
+
+    Their name, their side, and the seed by which some are held out.
+    """
+    trained = file.get("config", {})
+    source, size = source or trained.get("data"), size or trained.get("size")
+    if not (source and size):
+        raise InputError(f"{path} does not name its images: give --data and --size")
+    return source, size, trained.get("seed", 0)
+
 # ------------------------------------------------------------------------------
 # Transformers.  A file of LightningDiT or SiT holds tensors, bare or as "model"
 # and "ema".  Beware: a file of DiT looks like SiT's, but predicts noise.
@@ -516,6 +528,19 @@ def tokenizer_of(path: Path, file: dict) -> Path:
                          "--tokenizer, or train the DiT again")
     raise InputError(f"the tokenizer of {path} is neither beside it nor at {old}: "
                      "give --tokenizer")
+
+def check_pair(dit: Path, file: dict, tokenizer: Path, channels: int,
+               side: int | None = None) -> None:
+    """InputError if the DiT of this file has learned the latents of another tokenizer.
+
+    channels, and side where it is known: of the tokenizer's latents.
+    """
+    config, named = file["model_config"], file.get("tokenizer", {})
+    if (config["in_channels"] != channels or side not in (None, config["input_size"])
+            or named.get("sha256") not in (None, runtime.file_sha256(tokenizer))):
+        size = ", or --size is another" if side else ""
+        raise InputError(f"{tokenizer} is not the tokenizer of {dit}{size}: give that one, "
+                         "or train the DiT again")
 
 def from_dit(file: dict, path: Path) -> dict:
     """The config follows from the tensors.

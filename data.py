@@ -384,6 +384,27 @@ def common_side(folder):
     return width
 
 
+def read_masks(folder, images, index):
+    """Objects [n, H, W] in [0, 1] of these images, cropped as they are."""
+    if isinstance(images, Shapes):
+        return images.render_batch(index)[2]
+    found = []
+    for file in map(Path, map(images.name_of, index)):
+        path = folder / file.relative_to(images.folder).with_suffix(".png")
+        try:
+            with picture(path) as mask, picture(file) as image:
+                sizes = mask.size, image.size
+                black = mask.convert("L").point([0] + [255] * 255)
+        except Exception:   # Pillow raises anything
+            raise InputError(f"{path} is no mask: every image needs a .png") from None
+        if sizes[0] != sizes[1]:
+            raise InputError(f"{path} has {sizes[0]} pixels, and its image {sizes[1]}: give a"
+                             " mask of the image's size")
+        crop = adm_crop(black, images.size).tobytes()
+        found.append(torch.frombuffer(bytearray(crop), dtype=torch.uint8) / 255)
+    return torch.stack(found).unflatten(1, (images.size, images.size))
+
+
 # ------------------------------------------------------------------------------
 # Batches.  Position p of a run is image p % n of epoch p // n.  Batch k has the
 # positions from k * batch up to (k + 1) * batch, across the borders of epochs,

@@ -48,8 +48,7 @@ def parse(argv):
     add("--dit", type=Path, help="a transformer on its latents, whose paths are measured")
     add("--compare", nargs="+", type=Path, default=[], metavar="FILE",
         help="checkpoints of tokenizers, or pages (.json), side by side")
-    add("--data", help="shapes, cifar10 or a folder that has held-out images;"
-        " else what the tokenizer was trained on")
+    add("--data", help="shapes, cifar10 or a folder; else what the tokenizer has learned")
     add("--masks", type=Path, help="folder with a .png for every held-out image, of its"
         " name and size; what is not black is the object; shapes have their own")
     add("--size", type=count, help="side in pixels; else that of training")
@@ -99,7 +98,8 @@ def encode(tokenizer, images, count, keep, masks, seed, batch, workers, device):
         found = {"mean": mean, "sample": z, "labels": part["y"], "kl": kl.mean((1, 2, 3)),
                  "variance": std.square().mean((2, 3))}
         if masks:
-            found["masks"] = latents.mask_grid(read_masks(masks, images, index), mean.shape[2:])
+            objects = data.read_masks(masks, images, index)
+            found["masks"] = latents.mask_grid(objects, mean.shape[2:])
         for name, value in found.items():
             if name not in rows:
                 rows[name] = torch.empty(count, *value.shape[1:], dtype=value.dtype)
@@ -109,36 +109,6 @@ def encode(tokenizer, images, count, keep, masks, seed, batch, workers, device):
     return rows | {"shown": shown, "pixels": torch.cat(pixels)}
 
 
-def read_masks(folder, images, index):
-    """Objects [n, H, W] in [0, 1] of these images, cropped as they are."""
-    if isinstance(images, data.Shapes):
-        return images.render_batch(index)[2]
-    found = []
-    for file in map(Path, map(images.name_of, index)):
-        path = folder / file.relative_to(images.folder).with_suffix(".png")
-        try:
-            with data.picture(path) as mask, data.picture(file) as image:
-                sizes = mask.size, image.size
-                black = mask.convert("L").point([0] + [255] * 255)
-        except Exception:   # Pillow raises anything
-            raise InputError(f"{path} is no mask: every image needs a .png") from None
-        if sizes[0] != sizes[1]:
-            raise InputError(f"{path} has {sizes[0]} pixels, and its image {sizes[1]}: give a"
-                             " mask of the image's size")
-        crop = data.adm_crop(black, images.size).tobytes()
-        found.append(torch.frombuffer(bytearray(crop), dtype=torch.uint8) / 255)
-    return torch.stack(found).unflatten(1, (images.size, images.size))
-
-
-def load_dit(dit, path, sha256, shape):
-    network, file = checkpoints.load_dit(dit)
-    found = [network.config[key] for key in ("in_channels", "input_size")]
-    if file.get("tokenizer", {}).get("sha256", sha256) != sha256 or found != shape:
-        raise InputError(f"{path} is not the tokenizer of {dit}, or --size is another: give its"
-                         " own, or train it again")
-    return network
-
-
 OTHERS = ("the pages are of other images or features, and cannot be compared: make them with the"
           " same --data, --size, --limit and --decode, of tokenizers with one seed")
 
@@ -146,12 +116,9 @@ OTHERS = ("the pages are of other images or features, and cannot be compared: ma
 def load(path, source, size):
     """A tokenizer, and the images that it is measured on, held out and of training."""
     tokenizer, file = checkpoints.load_tokenizer(path)
-    trained = file.get("config", {})
-    source, size = source or trained.get("data"), size or trained.get("size")
-    if not (source and size):
-        raise InputError(f"{path} does not name its images: give --data and --size")
+    source, size, seed = checkpoints.images_of(path, file, source, size)
     return tokenizer, source, size, *(
-        data.open_dataset(source, size, split, trained.get("seed", 0)) for split in ("val", "train"))
+        data.open_dataset(source, size, split, seed) for split in ("val", "train"))
 
 
 def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, workers, device):
@@ -160,8 +127,11 @@ def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, 
     sha256 = runtime.file_sha256(path)
     if masks and not hasattr(images, "folder"):
         raise InputError(f"--masks are for folders of images, not for {source}")
-    shape = [tokenizer.channels, size // tokenizer.stride]
-    network = load_dit(dit, path, sha256, shape).to(device) if dit else None
+    network = None
+    if dit:
+        network, file = checkpoints.load_dit(dit)
+        checkpoints.check_pair(dit, file, path, tokenizer.channels, size // tokenizer.stride)
+        network.to(device)
     net = frozen.load_features(choice, source, size, device)
     tokenizer.to(device)
     masks = Path() if isinstance(images, data.Shapes) else masks
@@ -220,30 +190,18 @@ def perspectives(z, samples, val, train, tokenizer, net, dit, seed, batch):
         classes.extend(latents.fit_classes(z, labels))
         return latents.velocity(z, samples, labels, classes, draw)
 
-    def semantics():
-        known = Standardised(train["mean"], device, like=z) if train else None
-        return latents.semantics(z, labels, masks, known, train.get("labels"))
-
-    def equivariance():
-        return latents.equivariance(
-            latent, data.from_uint8(val["pixels"][:FEW]), z[shown[:FEW]])
-
-    def continuity():
-        return latents.continuity(
-            lambda raw: scores(raw)[0], z, shown, train.get("mean"), draw)
-
-    def decoder():
-        return latents.decoder(
-            tokenizer.decode, scores, z, shown, variance, kl, labels, classes, draw)
-
-    def paths():
-        if dit is None:
-            raise InputError("needs a transformer: give --dit")
-        return latents.paths(latents.fields(dit, min(FEW, len(shown)), draw, device))
-
+    known = Standardised(train["mean"], device, like=z) if train else None
     functions = (
-        velocity, semantics, lambda: latents.space(z, masks), lambda: latents.smoothness(z),
-        continuity, lambda: latents.uniformity(z, draw), equivariance, decoder, paths)
+        velocity,
+        lambda: latents.semantics(z, labels, masks, known, train.get("labels")),
+        lambda: latents.space(z, masks),
+        lambda: latents.smoothness(z),
+        lambda: latents.continuity(lambda raw: scores(raw)[0], z, shown, train.get("mean"), draw),
+        lambda: latents.uniformity(z, draw),
+        lambda: latents.equivariance(latent, data.from_uint8(val["pixels"][:FEW]), z[shown[:FEW]]),
+        lambda: latents.decoder(
+            tokenizer.decode, scores, z, shown, variance, kl, labels, classes, draw),
+        lambda: latents.paths(latents.fields(dit, min(FEW, len(shown)), draw, device)))
     return dict(zip(latents.PERSPECTIVES, functions, strict=True))
 
 
@@ -319,15 +277,13 @@ def names_of(pages):
 
 def plot(pages, path):
     """The properties that have a better direction, over their mean, and the curves."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     names, curves = names_of(pages), pages[0]["curves"]
     rows = {f"{name} {ARROWS[row['better']]}": [p["properties"][name]["value"] for p in pages]
             for name, row in pages[0]["properties"].items() if row["better"]}
     rows = {name: row for name, row in rows.items() if None not in row and min(row) > 0}
-    figure, axes = plt.subplots(1, 1 + len(curves), squeeze=False, layout="constrained",
-                                figsize=(4 + 3.5 * len(curves), 9))
+    figure = Figure((4 + 3.5 * len(curves), 9), layout="constrained")
+    axes = figure.subplots(1, 1 + len(curves), squeeze=False)
     for k, (name, page) in enumerate(zip(names, pages)):
         ratios = [row[k] * len(row) / sum(row) for row in rows.values()]
         axes[0, 0].plot(ratios, range(len(rows)), "o", label=name)
@@ -347,15 +303,14 @@ def plot(pages, path):
         axis.grid(alpha=0.3)
     with runtime.atomic(path) as temporary:
         figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def read_page(path):
     """A page that was written before."""
     page, names = runtime.read_json(path), sum(map(list, latents.PERSPECTIVES.values()), [])
     try:
-        whole = [*page["properties"]] == names and {"of", "protocol"} <= page.keys()
-        fine = whole and all(len(curve) == 3 for curve in page["curves"].values())
+        fine = ([*page["properties"]] == names and {"of", "protocol"} <= page.keys()
+                and all(len(curve) == 3 for curve in page["curves"].values()))
     except (AttributeError, KeyError, TypeError):
         fine = False
     if not fine:

@@ -224,23 +224,15 @@ def write_reference(path, source, size, choice, read):
 # noise curve.  All of its points share one noise, so that it is smooth.
 
 
-def load_tokenizer(path, source, size, steps, device):
-    """Also the file's content, and the name and size of the images to score."""
-    tokenizer, file = checkpoints.load_tokenizer(path, steps)
-    trained = file.get("config", {})
-    source, size = source or trained.get("data"), size or trained.get("size")
-    if not (source and size):
-        raise InputError(f"{path} does not name its images: give --data and --size")
-    return tokenizer.to(device), file, source, size
-
-
 @torch.no_grad()
 def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe, read):
     """The row of a tokenizer.  The images themselves would have an rFID of 0."""
     device = read.rt.device
-    tokenizer, file, source, size = load_tokenizer(path, source, size, steps, device)
-    images = data.open_dataset(source, size, "val", file.get("config", {}).get("seed", 0))
+    tokenizer, file = checkpoints.load_tokenizer(path, steps)
+    source, size, held_out = checkpoints.images_of(path, file, source, size)
+    images = data.open_dataset(source, size, "val", held_out)
     net = frozen.load_features(choice, source, size, device)
+    tokenizer.to(device)
     lpips = frozen.load_lpips().to(device) if frozen.find_weights("vgg") else None
     if size < (least := 16 if lpips else 11):
         raise InputError(f"SSIM and LPIPS need {least} pixels a side, not {size}")
@@ -270,7 +262,7 @@ def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe
     if "recognised" in scores:
         scores["recognised of real images"] = means[-1, -1].item()
     if probe:
-        train = data.open_dataset(source, size, "train", file.get("config", {}).get("seed", 0))
+        train = data.open_dataset(source, size, "train", held_out)
         runtime.on_main(read.rt, lambda: scores.update(
             probe_latents(tokenizer, train, images, probe, read)))
     return {"evaluation": "reconstruction", "of": path, "metrics": scores,
@@ -320,7 +312,9 @@ def pair_metrics(x_hat, x, y, rows, net, lpips):
 @torch.no_grad()
 def write_images(out, path, source, size, steps, read):
     """Reconstructions and latents, also as pictures, and mixtures of the first five."""
-    tokenizer, _, source, size = load_tokenizer(path, source, size, steps, read.rt.device)
+    tokenizer, file = checkpoints.load_tokenizer(path, steps)
+    source, size, _ = checkpoints.images_of(path, file, source, size)
+    tokenizer.to(read.rt.device)
     images, found = data.open_images(source, size), []
     names = picture_names(images)
     for part in read(images, read.count(images), least=1):
@@ -452,12 +446,11 @@ def show(row):
 
 def plot(rows, path):
     """A column of panels for each metric, a row for each kind of noise."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     names = list(rows[0]["curve"][0])[2:]
     kinds = {"absolute": "noise", "relative": "noise / spread of the latent"}
-    figure, axes = plt.subplots(2, len(names), figsize=(3 * len(names), 5))
+    figure = Figure((3 * len(names), 5), layout="tight")
+    axes = figure.subplots(2, len(names))
     for line, (kind, unit) in zip(axes, kinds.items()):
         for ax, name in zip(line, names):
             for row in rows:
@@ -466,10 +459,8 @@ def plot(rows, path):
                         "o-", label=Path(row["of"]).parent.name or row["of"])
             ax.set(xlabel=unit, ylabel=name)
     axes[0, 0].legend()
-    figure.tight_layout()
     with runtime.atomic(path) as temporary:
         figure.savefig(temporary, dpi=150)
-    plt.close(figure)
 
 
 def report(rows, out, seed, rt):

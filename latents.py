@@ -937,6 +937,8 @@ def paths(fields: Iterable[tuple[flow.Velocity, Tensor]], steps: int = 50) -> Pr
 def fields(dit: Any, count: int, draw: Draw,
            device: torch.device) -> Iterator[tuple[flow.Velocity, Tensor]]:
     """The velocity of a DiT without guidance, and noise; classes take turns."""
+    if dit is None:
+        raise InputError("needs a transformer: give --dit")
     side, null = dit.config["input_size"], dit.config["num_classes"]
     for images in tqdm(torch.arange(count).split(64), "paths", leave=False):
         shape = dit.config["in_channels"], side, side

@@ -117,10 +117,7 @@ class Networks:
         self.classes = origin.get("classes") or [str(i) for i in range(self.null)]
         tokenizer = tokenizer or checkpoints.tokenizer_of(dit, origin)
         self.tokenizer, file = checkpoints.load_tokenizer(tokenizer, decode_steps)
-        sha256 = runtime.file_sha256(tokenizer)
-        if self.tokenizer.channels != channels or named.get("sha256", sha256) != sha256:
-            raise InputError(f"{tokenizer} is not the tokenizer of {dit}: give that one, "
-                             "or train the DiT again")
+        checkpoints.check_pair(dit, origin, tokenizer, self.tokenizer.channels)
         self.data = origin.get("config", {}).get("data") if "kind" in origin else None
         self.data_seed = file.get("config", {}).get("seed", 0)
         known = checkpoints.read(stats) if stats else (file if "kind" not in file else {}) | origin

@@ -38,13 +38,14 @@ from studies.plot import plt
 from studies.records import Arm, collect, execute, is_number, result_path, run_stages, slug
 
 # ------------------------------------------------------------------------------
-# The arms.  20 epochs of 20,000 images are 12,500 steps of 32.  A regulariser has its
+# The arms.  20 epochs of 20,000 images are 3,125 steps of 128.  A regulariser has its
 # published strength, and acts once beside KL and once beside VE.  The transformer sees
 # 2 x 2 positions of the latent at a time, which costs a quarter.
 
 RECIPE: dict[str, Any] = experiments.RECIPE | dict(
-    tokenizer_steps=3000, network=" --model demo/2", dit_steps=12_500, count=2000, euler=25,
-    decode=1000)
+    tokenizer_steps=2000, network=" --model demo/2", dit_steps=3125, batch=128, count=2000,
+    euler=25, decode=1000)
+NETWORK = "--batch 32 --precision bf16"   # of a tokenizer's training
 SMOKE = experiments.SMOKE | dict(count=24, decode=16)
 TEACHER = "studies.diffusability_study:teacher"
 KL = "--loss kl --kl-weight 1e-6"
@@ -65,7 +66,7 @@ DECLARED = [
 
 
 def table_of_arms() -> list[Arm]:
-    return [Arm(family, value, flags.format(value))
+    return [Arm(family, value, f"{NETWORK} {flags.format(value)}")
             for family, values, flags in DECLARED for value in values.split()]
 
 

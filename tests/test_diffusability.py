@@ -249,7 +249,7 @@ def test_masks_are_cropped_as_their_images_are(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         Image.fromarray(image).save(tmp_path / name)
     images = data.open_dataset(str(tmp_path / "images"), 16, "train")
-    found = diffusability.read_masks(tmp_path / "fronts", images, [0])
+    found = data.read_masks(tmp_path / "fronts", images, [0])
     expected = images[0][0][0] / 255
     assert torch.equal(found[0], expected.float())
 
