@@ -144,7 +144,7 @@ class Plan:
              f" --seed {self.arm.seed} --precision {r['precision']} {common}",
              samples / "samples.json"),
             (f"evaluate.py --tokenizer {trained} --limit {r['count']} {common}"
-             f" --workers 0 --out {scores}/tokenizer",
+             f" --workers 0 --noise --out {scores}/tokenizer",
              folders["scores"] / "tokenizer/results.json"),
             (f"evaluate.py --samples {scores}/samples/samples.npz {common}"
              f" --limit {r['count']} --workers 0 --out {scores}/samples", samples / "results.json")]
