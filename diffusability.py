@@ -158,7 +158,8 @@ def perspectives(z, samples, val, train, tokenizer, net, dit, seed, batch):
     val, train: what `encode` returns; without training images, train is {}.
     """
     labels, masks, shown, device = val["labels"], val.get("masks"), val["shown"], z.device
-    variance, kl, classes = val["variance"].double().mean(0), val["kl"].mean().item(), []
+    variance, kl = val["variance"].double().mean(0), val["kl"].mean().item()
+    classes = []   # `velocity`, which comes first, fills it for `decoder`
 
     def draw(*names):
         return runtime.generator(seed, "diffusability", *names)

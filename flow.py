@@ -7,8 +7,8 @@
 
 Everywhere t = 1 is the data and t = 0 the noise, as in supplement C and in the
 released SiT and LightningDiT weights.  Section 5.1 of the paper writes it the
-other way round.  The first argument of the functions below is the latent, or
-a point of the toy; its shape is [B, ...], and t is [B].
+other way round.  Latents z, or points of the toy, are [B, ...], and so are eps,
+x_t and v; t is [B].
 """
 
 import math

@@ -68,7 +68,9 @@ def reparameterize(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 #     sigma^4 = lambda1 / T(mu)                                        (Eq. 14)
 #
 # as the minimum of Eq. 15: latents to which the decoder is deaf become wide,
-# and sensitive ones stay narrow.  Nothing in Eq. 9 bounds the latent's scale,
+# and sensitive ones stay narrow.  In Eq. 7 T is one number for a whole latent.
+# Every value of the latent has a sigma and a term of Eq. 9 of its own, and so the
+# T of Eq. 14 is that value's own, an entry of diag(J^T J).  Nothing in Eq. 9 bounds the latent's scale,
 # and a larger mean makes any sigma relatively small.  Eq. 10 stops that.
 
 
@@ -76,7 +78,7 @@ def inverse_variance(logvar: Tensor, delta: float = 1e-6) -> Tensor:
     """Expand the variance, Eq. 9: sum of 1 / (sigma^2 + delta).
 
     It is computed as sigmoid(log delta - logvar) / delta, which can neither
-    overflow nor cancel.  The pull towards a wider sigma grows as sigma shrinks,
+    overflow nor cancel.  Its pull on log sigma^2 grows as sigma shrinks,
     until sigma^2 = delta, and vanishes below.  So delta must lie under the
     smallest variance that has to be rescued.  ValueError unless delta > 0.
     """

@@ -36,9 +36,10 @@ from runtime import InputError
 # Sizes of the tokenizers.  A config is a plain dict that is stored in the
 # checkpoint and rebuilds the network by itself.  f16d32 is the tokenizer of the
 # paper and of VA-VAE; the ViT sizes are those of GAE's Table 8.  Of DGAE's decoders
-# the width is known, and the millions of parameters: 122, 276 and 491.  The levels
-# and blocks below have them, with the blocks of ADM, but are not the only ones.  The
+# the width is known, and the millions of parameters: 122, 276 and 491.  With ADM's
+# blocks, the levels and blocks below give these numbers, as others would too.  The
 # demo rows are for a CPU and images of 32 x 32: latents of 8 x 8 x 8, or 16 x 4 x 4.
+# The preset "demo" trains "vit-shapes", and the preset "small" trains "vit-demo".
 
 LDM_F16 = dict(arch="conv", ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
                attn_resolutions=(16,), resolution=256)
@@ -76,7 +77,8 @@ AUTOENCODERS: dict[str, dict] = {
 # Sizes of the transformers.  The latents add in_channels, input_size and
 # num_classes to a row.  "DiT-B" is the paper's "DiT": the network of DiT and
 # SiT, with one token per latent position as in LightningDiT.  The SiT rows have
-# patches of 2 x 2 positions, as published.
+# patches of 2 x 2 positions, as published.  The preset "demo" trains "shapes", and the
+# preset "small" trains "demo".
 
 LIGHTNINGDIT = dict(family="lightningdit", patch=1)
 SIT = dict(family="sit", patch=2)

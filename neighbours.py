@@ -3,9 +3,9 @@
     DiffusionAutoencoder  a tokenizer whose decoder is a diffusion model, as in DGAE
     SemanticTeacher       what the latent of GAE is drawn to
 
-They are made of the layers of models.py, which has their sizes in its tables, and
-`models.build_tokenizer` builds the first.  GAE's own tokenizer is
-`models.VitAutoencoder`.
+They are made of the layers of models.py.  Its tables have the sizes of the first, and
+`models.build_tokenizer` builds it.  Those of the second are the presets of
+train_teacher.py.  GAE's own tokenizer is `models.VitAutoencoder`.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,13 @@
-"""What trains a tokenizer beside Eq. 11: losses and regularisers with something of their own.
+"""What Eq. 11 leaves open, and what trains a tokenizer beside it.
 
 Each of them brings a network, a frozen teacher or random draws.  They have a room of
 their own so that the stage, `train_tokenizer.py`, shows its objective alone.
 
     Reconstruction        L_rec, which may hold LPIPS
     Alignment             VA-VAE: the latent learns from a teacher
-    SemanticPreservation  GAE: so does its mean
+    SemanticPreservation  GAE: the latent's mean learns from a teacher
     Adversary             VQGAN: a discriminator learns with the tokenizer
+    NoiseTarget           finds lambda1 of Eq. 11 while the tokenizer trains
 
 --regularizer names one of those that "Diffusing in the Right Space" compares, at
 its published strength, together with any --loss:
@@ -45,7 +46,7 @@ from runtime import InputError, Runtime
 # in this range, and 0 where it is negative.
 REGULARIZERS: dict[str, dict[str, Any]] = {
     "eq": dict(probability=0.5),
-    "lcr": dict(weight=0.1 * 0.02, threshold=0.75),
+    "lcr": dict(weight=0.1 * 0.02, threshold=0.75),   # SSVAE: 0.1 w, and w = 0.02
     "lmr": dict(probabilities=[0.7, 0.1, 0.1, 0.1]),
     "mae": dict(least=-0.1, most=0.3),
     "repa": dict(weight=0.1),
@@ -173,7 +174,7 @@ class Alignment:
 
 
 class SemanticPreservation:
-    """Draws the latent to a teacher as GAE does, in one of three places (Figure 3).
+    """Draws the latent to a teacher as GAE does, in one of three places (Figure 3 of GAE).
 
     latent   the mean, to the target of a trained teacher
     pre      the encoder's features, to those of a foundation model of this width
@@ -307,8 +308,8 @@ class RepresentationMatch(Alignment):
 class LocalCorrelation:
     """SSVAE's LCR: neighbouring positions of the mean correlate over the channels.
 
-    Channels are standardised by a part of the batch (--accumulate) on all processes, and
-    rho is the mean of it.
+    With --accumulate it looks at one part of the batch at a time: its channels are
+    standardised over that part, on all processes, and rho is that part's mean.
     """
 
     name, start, maximum, constant = "lcr", 0, 1e8, False
@@ -344,8 +345,8 @@ def adamw(parameters: Iterable[Tensor], args: argparse.Namespace) -> torch.optim
 def at_image(loss: Tensor, x_hat: Tensor) -> Tensor:
     """The same value, and the same gradient at x_hat, without what lies between them.
 
-    A loss is balanced by a gradient that is taken before the total's.  LPIPS and the
-    discriminator are gone through once for both, and their activations are free.
+    A loss is balanced by a gradient that is taken before the total's.  So LPIPS and the
+    discriminator are differentiated once for both, and their activations are freed.
     """
     pull, = torch.autograd.grad(loss, x_hat)
     return loss.detach() + (pull * (x_hat - x_hat.detach())).sum()
@@ -355,8 +356,9 @@ def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
     """The weight at which `loss` pulls as hard as L_rec, times its own weight.
 
     Both pulls are gradients at one layer, averaged over the processes.  Neither
-    KL nor VE is part of the reference.  A constant weight counts beside the mean of
-    L_rec over pixel values, and L_rec is the sum of so many `values`.
+    KL nor VE is part of the reference.  A constant weight is meant for a
+    mean over pixel values.  L_rec is a sum over `values` of them, and so the weight is
+    multiplied by their number.
     """
     if other.constant:
         return loss.new_full((), other.weight * values)
@@ -374,7 +376,8 @@ class NoiseTarget(nn.Module):
     """Moves lambda1 until the latent's noise is the wanted share of its spread.
 
     The share is the root of sigma^2 / spread^2 in the median channel, because a channel
-    that says nothing has no spread.  Where Eq. 14 holds, sigma^4 = lambda1 / T, and four
+    that says nothing has no spread.  The log's `relative_noise` is a mean over channels.
+    Where Eq. 14 holds, sigma^4 = lambda1 / T, and four
     times the lambda1 gives twice the sigma^2.  Each step therefore does
 
         log lambda1 += rate * clamp(log(target^2 / share^2), -1, 1)
@@ -403,8 +406,9 @@ class NoiseTarget(nn.Module):
     def step(self) -> None:
         """Move lambda1, by the whole batch."""
         mean, square, var = runtime.all_reduce_mean(torch.stack(self.seen).mean(0))
-        share = (var / (square - mean.square()).clamp(min=1e-12)).quantile(0.5)
-        self.log_lambda1 += self.rate * (2 * math.log(self.target) - share.log()).clamp(-1, 1)
+        square_share = (var / (square - mean.square()).clamp(min=1e-12)).quantile(0.5)
+        move = (2 * math.log(self.target) - square_share.log()).clamp(-1, 1)
+        self.log_lambda1 += self.rate * move
         self.seen = []
 
 

@@ -507,7 +507,8 @@ def micro_batches(module: nn.Module | list[nn.Module], count: int,
                   *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Split a batch into `count` parts; DDP averages the gradients after the last.
 
-    The last part may be shorter: weight a part's loss by its share of the batch.
+    The callers divide each part's loss by `count`, and refuse a batch that it does
+    not divide.
     """
     modules = module if isinstance(module, list) else [module]
     parts = list(zip(*(tensor.chunk(count) for tensor in tensors)))
@@ -811,10 +812,6 @@ class Ema:
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
-        self.model.load_state_dict(state)
-        self.updates = updates
 
 
 class FiniteCheck:

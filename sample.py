@@ -98,7 +98,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 # ------------------------------------------------------------------------------
 # A checkpoint of ours names its tokenizer, and holds the statistics of its
-# latents.  To a published one both must be given.
+# latents.  A published one needs --tokenizer, and --latent-stats too unless the
+# tokenizer's file has them, as those of Stable Diffusion do.
 
 
 class Networks:

@@ -3,8 +3,8 @@
 Figures 1 and 2 of "Taming Sampling Perturbations with Variance Expansion Loss for
 Latent Diffusion Models" (Li et al.), as its supplement C describes them.  With a
 weak KL term a tokenizer reconstructs a tree almost perfectly, and yet generates
-worse than with the Variance Expansion loss (VE).  Figure 3 shows why: with the exact
-flow in the place of the learned one KL is the better of the two.
+worse than with the Variance Expansion loss (VE).  A third figure, which is ours,
+shows why: with the exact flow in the place of the learned one KL is the better of the two.
 
     python toy2d.py                      # 70 seconds on two cores
     python toy2d.py --seeds 0 1 2 3 4    # mean and deviation over five seeds
@@ -351,8 +351,9 @@ def evaluate(model: Model, n: int) -> dict[str, dict]:
 # ------------------------------------------------------------------------------
 # Figures 1 and 2.  Every row is an arm, and the latents of all rows have one scale.
 # Blue and orange are Okabe and Ito's, which the colour-blind can tell apart.
-# Figure 3 is not in the paper.  It tells who loses the data: the decoder alone, or
-# the steps of the exact flow before it, or the error of the flow's network.
+# The third figure is ours; the paper's Figure 3 shows ImageNet.  It tells who loses
+# the data: the decoder alone, or the steps of the exact flow before it, or the error
+# of the flow's network.
 
 
 def draw(arms: list[dict], title: str, path: Path) -> None:

@@ -27,7 +27,7 @@ from runtime import InputError, Runtime
 # ------------------------------------------------------------------------------
 # A preset is a row of defaults, which any flag overrides.  "small" is for
 # photographs of 32 pixels on a CPU, and "photos" for one GPU.  The paper's rows
-# are from Tables 1 and 4; what it calls DiT is trained as SiT, with uniform t and
+# are from Tables 1 and 3; what it calls DiT is trained as SiT, with uniform t and
 # no cosine term.  An epoch has 1251 batches of 1024 images, or 1668 of 768.
 #
 # What has no flag: steps of linear warm-up, share of the steps over which the
@@ -56,7 +56,8 @@ SMOKE = dict(
     steps=4, batch=4, warmup=1, log_every=1, save_every=2, grid_steps=1, shapes=64,
     workers=0, tokenizer=Path("runs/smoke/tokenizer/checkpoint.pt"),
     cache=Path("runs/smoke/latents"), out=Path("runs/smoke/dit"))
-FREE = {  # flags that may change when a run goes on
+# Flags that may change when a run goes on; LightningDiT changed its t on the way.
+FREE = {
     "preset", "cache", "out", "steps", "epochs", "accumulate", "workers", "save_every",
     "log_every", "grid_steps", "smoke", "device", "recompute", "compile", "t", "shift"}
 

@@ -11,7 +11,7 @@ features f best (Sec. 4.2 and Eq. 4 of GAE):
 
 --out receives checkpoint.pt, which is the --teacher of `train_tokenizer.py --preset
 gae-d32`, and log.jsonl.  After a crash the same command goes on from the checkpoint,
-and ends with the same numbers.
+and on a CPU it ends with the same bits.
 """
 
 import argparse

@@ -20,7 +20,7 @@ velocity plus LPIPS.  --target-noise finds lambda1 while it trains, and --regula
 adds what other papers do to make the latent easier to diffuse; see objectives.py.
 
 --out receives checkpoint.pt, log.jsonl and images/.  After a crash the same
-command goes on from the checkpoint, and ends with the same numbers.
+command goes on from the checkpoint, and on a CPU it ends with the same bits.
 """
 
 import argparse
@@ -46,11 +46,11 @@ from runtime import InputError, Runtime
 
 # ------------------------------------------------------------------------------
 # A preset is a row of defaults, and any flag overrides it.  "small" is for
-# photographs of 32 pixels on a CPU, and those with a size are for one GPU; both of
-# their models spend 24 pixel values on a latent value, as the paper's lambda1
-# expects.  The paper trains at 2.5e-5 with batches of
-# 64 and "mainly" follows the third stage of VA-VAE.  The discriminator starts at
-# batch 2,501: VA-VAE's 5,001 counts the steps of two optimisers.
+# photographs of 32 pixels on a CPU.  Those with a size are for one GPU; their models,
+# f8d8 and f16d32, have 24 pixel values for each latent value, which the paper's
+# lambda1 expects.  The paper trains at 2.5e-5 with batches of 64 and "mainly" follows
+# the third stage of VA-VAE.  The discriminator starts at batch 2,501: VA-VAE's 5,001
+# counts the steps of two optimisers.
 #
 # GAE's paper gives the settings of its rows, but not the discriminator's rate.  Its
 # losses are means where ours are sums; AdamW does not see the factor between them.
@@ -123,7 +123,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loss", choices=LOSSES, default="ve", help="what acts on the latent")
     add("--lambda1", type=weight, help="weight of Eq. 9")
     add("--target-noise", type=positive, help="ve: move lambda1, from --lambda1 on, until "
-        "the noise is this share of the latent's spread, such as 0.1")
+        "the noise is this share of the spread in the median channel, such as 0.1")
     add("--lambda2", type=weight, default=1e-6, help="weight of Eq. 10")
     add("--tau", type=runtime.finite, default=1.0, help="tau of Eq. 10")
     add("--delta", type=positive, default=1e-6, help="delta of Eq. 9")
@@ -169,15 +169,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @torch.no_grad()
 def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
-             rec_of: Callable[[Tensor, Tensor], Tensor], picture: Path, delta: float = 1e-6
+             rec_of: Callable[[Tensor, Tensor], Tensor], picture: Path, delta: float
              ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Scores of held-out images [N, 3, H, W], and the statistics of their z.
 
-    The picture has five rows: inputs, what is decoded from the posterior's mean
-    and from a sample, the latent's three principal components as colours, and sigma
-    on a logarithmic scale.
-    `noise_cost` is what the sample's noise adds to L_rec, over the L_var of
-    Eq. 9.  At the equilibrium of Eq. 14 it equals lambda1.
+    The picture has four rows: inputs, what is decoded from the posterior's mean and
+    from a sample, and the latent's three principal components as colours.  Where sigma
+    is learned, a fifth shows it on a logarithmic scale, and `noise_cost` is what the
+    sample's noise adds to L_rec, over the L_var of Eq. 9.  At the equilibrium of
+    Eq. 14 it equals lambda1, but not for a diffusion decoder, whose L_rec is another.
     """
     tokenizer.eval()
     rows, cost = [], 0.0
@@ -225,7 +225,7 @@ def sigma_map(logvar: Tensor, size: tuple[int, int]) -> tuple[float, float, Tens
 
 
 def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
-    """The tokenizer, which knows itself what noise its latent carries."""
+    """The tokenizer, which knows its noise; or InputError if flags do not fit together."""
     torch.manual_seed(args.seed)   # the same weights in every process
     noise = {"sigma": args.sigma_mode, "none": "none"}.get(args.loss, "learned")
     sigma = args.sigma if args.loss == "sigma" else 0.0
@@ -278,6 +278,7 @@ def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
 
 
 # ------------------------------------------------------------------------------
+# A run.  The noise of a step is drawn here: in training no network draws any.
 
 
 def noise(tokenizer: models.Tokenizer, x: Tensor, seed: int, step: int,
@@ -369,6 +370,7 @@ def main(argv: list[str] | None = None) -> None:
                 rec = reconstruction(x_hat, x, *v_hat, flow.velocity(x, draws[2]))
             else:
                 rec = reconstruction(x_hat, target)
+            # The same value and gradient; LPIPS is gone through here, once for all.
             rec = objectives.at_image(rec, *v_hat or [x_hat])
             if args.loss == "ve":
                 total = (rec + lambda1 * inverse_variance(logvar, args.delta)
@@ -414,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             finite.flush()
-            log.write(
+            log.write(   # of the last part of the batch, and the latent of rank 0 alone
                 step=step,
                 lr=lr,
                 **runtime.mean_over_ranks(terms),
