@@ -7,14 +7,15 @@
 
 This asks of images what studies/toy_law.py asks of the toy, in the same words.  An
 arm is a tokenizer, trained to its end, and one transformer that is looked at after 1,
-2, 4 ... 32 units of its training.  A look measures the error e of the transformer, what
-such an error costs the decoder, and what the samples are worth.
+2, 4 ... 32 units of its training.  A look measures the error e of the transformer
+against its last self, what such an error costs the decoder, and what samples are worth.
 
 A finished arm is one JSON file under RESULTS/RUNG/arms, and all tables and figures are
 drawn from these alone.  The same command goes on where an earlier one was stopped.  Two
 may run side by side if they have other seeds and another --out.
 """
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,14 +38,15 @@ import models
 from runtime import InputError
 from studies import answers
 from studies.records import (
-    Arm, Plan, collect, execute, is_done, is_filled, result_path, run_stages)
+    Arm, Plan, collect, execute, is_done, is_filled, read_log, result_path, run_stages)
 
 # ------------------------------------------------------------------------------
 # The sizes.  `edition` goes up when the code changes what an arm gives.  Trainings are
 # in units of dit_steps.  The rate of the preset "small" is constant after its first 100
 # steps, so that a longer training begins as a shorter one; its averaged weights stand in
 # for a cool-down, as in the toy.  Without `starts`, the times at which real latents enter
-# the sampler, there are no looks.
+# the sampler, there are no looks.  The tokenizers of shapes train three times as long as
+# the demo's, which still gain at their end.
 
 RECIPE: dict[str, Any] = dict(
     edition=3, preset="small", tokenizer_steps=1000, dit_steps=600, batch=32, network="",
@@ -53,11 +55,14 @@ RECIPE: dict[str, Any] = dict(
 SMOKE = dict(tokenizer_steps=4, dit_steps=4, batch=4, precision="fp32", euler=2, count=16,
              smoke=True)
 LADDER = RECIPE | dict(
-    trainings=(1, 2, 4, 8, 16, 32), starts=(0.3, 0.5, answers.START, 0.9), euler=25, count=2000)
+    edition=4, trainings=(1, 2, 4, 8, 16, 32), starts=(0.3, answers.START), euler=25, count=2000)
 RUNGS = {
-    "shapes": LADDER | dict(tokenizer_steps=2300, dit_steps=250, network=" --model shapes"),
-    "photographs": LADDER | dict(tokenizer_steps=9000, dit_steps=1000)}
-LEVELS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0   # of injected errors, as shares of the spread
+    "shapes": LADDER | dict(
+        tokenizer_steps=6900, dit_steps=250, network=" --model shapes --ema 0.9999"),
+    "photographs": LADDER | dict(
+        tokenizer_steps=9000, dit_steps=1000, network=" --ema 0.9999")}
+# White noise of these sizes, as shares of the spread, is added to real latents.
+LEVELS = 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3, 0.5, 0.7, 1.0
 
 # ------------------------------------------------------------------------------
 # The arms: family, values, flags of the tokenizer.  A latent value stands for 12 pixel
@@ -72,7 +77,7 @@ SIGMA = "--loss sigma --sigma-mode fixed --mean-weight 0.06 --sigma {}"
 GAE = "--loss sigma --mean-weight 0 --model gae-demo --sigma {}"
 DECLARED = {
     "shapes": [("KL", "1e-6 1e-2", KL), ("VE", "1e-3 1e-2 0.1 1", VE),
-               ("sigma-VAE", "0.2 0.1 0.5", SIGMA), ("VE-target", "0.1", TARGET)],
+               ("sigma-VAE", "0.2 0.1 0.5", SIGMA), ("VE-target", "0.2", TARGET)],
     "photographs": [("KL", "1e-6 1e-2", KL), ("VE", "1e-2 0.1", VE),
                     ("sigma-VAE", "0.2", SIGMA), ("GAE", "0.2", GAE)]}
 # The second KL weight is the best of these at seed 0, which is paired with nothing else.
@@ -98,15 +103,6 @@ def size(errors: Tensor) -> float:
     return lengths.median().item() / float(stats.chi.median(errors[0].numel()))
 
 
-def arrival(x_t: Tensor, t: float, mean: Tensor, std: Tensor) -> Tensor:
-    """Where the exact flow carries x_t if the data are one posterior, N(mean, std^2).
-
-    x_t keeps its place in a normal distribution of mean t mean and of variance
-    t^2 std^2 + (1 - t)^2.  Other posteriors do not matter while they are far from x_t.
-    """
-    return mean + std * (x_t - t * mean) / (t**2 * std.square() + (1 - t) ** 2).sqrt()
-
-
 def carry(velocity: flow.Velocity, x_t: Tensor, t: float, steps: int) -> Tensor:
     """Integrate from t to 1, in steps that are about as long as `steps` from 0 would be."""
     count = max(1, round((1 - t) * steps))
@@ -124,9 +120,12 @@ def normal_like(errors: Tensor, g: torch.Generator) -> Tensor:
 
 
 def distance_in_sigmas(z: Tensor, mean: Tensor, std: Tensor) -> float:
-    """Median RMS distance of z [N, ...] to the nearest posterior [M, ...], in its sigmas."""
+    """Median RMS distance of z [N, ...] to the nearest posterior [M, ...], in its sigmas.
+
+    A collapsed sigma counts as a thousandth of the spread, or it alone would decide.
+    """
     z, mean, std = (a.flatten(1).double() for a in (z, mean, std))
-    weight = 1 / std.square()
+    weight = 1 / std.clamp(min=1e-3).square()
     square = z.square() @ weight.T - 2 * z @ (mean * weight).T + (mean.square() * weight).sum(1)
     return (square.amin(1).clamp(min=0) / z.shape[1]).sqrt().median().item()
 
@@ -190,45 +189,77 @@ class Bench:
         return self.score(pixels, y) | {"round_trip": size(self.posterior(pixels)[0] - z),
                                         "distance": distance_in_sigmas(z, *self.known)}
 
-    def psnr(self, z: Tensor) -> float:
-        return metrics.psnr(self.decode(z), self.pixels).mean().item()
-
     def real(self) -> dict[str, Any]:
-        """Real latents, where a perfect transformer would end; and the images themselves."""
-        return {"sigma": self.std.mean().item(), "psnr": self.psnr(self.z),
-                **self.judge(self.z, self.y), "images": self.score(self.pixels, self.y)}
+        """Real latents, where a perfect transformer would end; and the images themselves.
 
-    def look(self, dit: models.DiT, starts: Sequence[float], steps: int) -> dict[str, Any]:
-        """All that is measured of a transformer.
+        sigma   the root mean square of the noise in the median channel, because a channel
+                that says nothing is all noise
+        curve   what white noise on these latents costs, for each of LEVELS: the PSNR that
+                is lost, the squared error of pixels that is added, and the scores
+        """
+        per_channel = self.std.square().mean((0, 2, 3)).sqrt()
+        pixels, noise = self.decode(self.z), self.noise("white", self.z)
+        psnr, square = self.fidelity(pixels)
+        curve = []
+        for level in LEVELS:
+            noisy = self.decode(self.z + level * noise)
+            lost, added = self.fidelity(noisy)
+            curve.append({"e": level, "lost": psnr - lost, "added": added - square,
+                          **self.score(noisy, self.y)})
+        return {"sigma": per_channel.quantile(0.5).item(), "sigmas": per_channel.tolist(),
+                "psnr": psnr, "square": square, **self.judge(self.z, self.y), "curve": curve,
+                "images": self.score(self.pixels, self.y)}
 
-        generated  its samples, from noise
-        starts     of real latents that enter the sampler, noised, at time t: the error e of
-                   their ends against the exact flow's, and against themselves; the PSNR
-                   that the ends lose, and that real latents lose by such normal noise
-        injected   real latents with such noise, as at the time START
-        curve      the PSNR that they lose by this noise when it is made of another size
+    def fidelity(self, pixels: Tensor) -> tuple[float, float]:
+        """Mean PSNR, and mean squared error, against the images in [0, 1]."""
+        pairs = zip(pixels.split(64), self.pixels.split(64))
+        square = [(a.float() - b.float()).div(255).square().mean().item() * len(a)
+                  for a, b in pairs]
+        return metrics.psnr(pixels, self.pixels).mean().item(), sum(square) / len(pixels)
+
+    def ends(self, dit: models.DiT, starts: Sequence[float], steps: int,
+             precision: str) -> dict[str, Tensor]:
+        """Latents that a transformer makes: from noise, and from real ones noised to t.
+
+        "generated", of classes in turn, and under each time t the ends of the real z.  All
+        transformers of all arms of a seed start from the same noise.
         """
         null = dit.config["num_classes"]
-        y = torch.arange(len(self.z), device=self.z.device) % null
-        psnr, found = self.psnr(self.z), {"starts": {}}
+        turns = torch.arange(len(self.z), device=self.z.device) % null
 
         def end(x_t: Tensor, labels: Tensor, t: float) -> Tensor:
-            return torch.cat([carry(flow.guided_velocity(dit, part_y, null, 1.0), part, t, steps)
-                              for part, part_y in zip(x_t.split(100), labels.split(100))])
+            parts = zip(x_t.split(100), labels.split(100))
+            with torch.autocast(self.z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                return torch.cat([carry(flow.guided_velocity(dit, y, null, 1.0), part, t, steps)
+                                  for part, y in parts])
 
-        found["generated"] = self.judge(end(self.noise("samples", self.z), y, 0.0), y)
+        found = {"generated": end(self.noise("samples", self.z), turns, 0.0)}
         for t in starts:
             x_t = flow.interpolate(self.z, self.noise("starts", self.z), self.z.new_tensor([t]))
-            ends = end(x_t, self.y, t)
-            errors = ends - arrival(x_t, t, self.mean, self.std)
-            extra = normal_like(errors, runtime.generator(self.seed, "injected"))
-            found["starts"][str(t)] = {
-                "e": size(errors), "from_z": size(ends - self.z),
-                "loss": psnr - self.psnr(ends), "injected": psnr - self.psnr(self.z + extra)}
-            if t == answers.START:
-                found["injected"] = self.score(self.decode(self.z + extra), self.y)
-                found["curve"] = [[e, psnr - self.psnr(self.z + e / size(extra) * extra)]
-                                  for e in LEVELS]
+            found[str(t)] = end(x_t, self.y, t)
+        return {"y": turns} | found
+
+    def look(self, ends: dict[str, Tensor], last: dict[str, Tensor]) -> dict[str, Any]:
+        """All that is measured of a transformer, from its ends and its last self's.
+
+        Even a perfect flow does not lead a noised z back to it: what the noise has hidden,
+        it finds anew.  So e is not the distance from z.  It is that from the ends of the
+        same transformer after the longest training, whose own error is not known.
+
+        generated  its samples, from noise
+        starts     for each t: e; the distance from z; the scores of the ends; and those of
+                   real latents with normal noise like the errors
+        """
+        made = ends["generated"].to(self.z)
+        found: dict[str, Any] = {"generated": self.judge(made, ends["y"].to(self.y)), "starts": {}}
+        for t in ends.keys() - {"generated", "y"}:
+            reached = ends[t].to(self.z)
+            errors = reached - last[t].to(self.z)
+            noise = normal_like(errors, runtime.generator(self.seed, "injected"))
+            found["starts"][t] = {
+                "e": size(errors), "from_z": size(reached - self.z),
+                "ends": self.score(self.decode(reached), self.y),
+                "injected": self.score(self.decode(self.z + noise), self.y)}
         return found
 
 
@@ -238,22 +269,34 @@ class Bench:
 
 @torch.no_grad()
 def look_at(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """Real latents, and a row for each training.  Each look has a file of its own."""
-    r, device, bench, found = plan.recipe, runtime.start(plan.device).device, None, []
+    """Real latents, and a row for each training.  Ends and looks have files of their own."""
+    r, device, scores = plan.recipe, runtime.start(plan.device).device, plan.folder("scores")
     torch.set_float32_matmul_precision("highest")   # TF32 would change features
     torch.backends.cudnn.allow_tf32 = False
+    last = plan.looks()[r["trainings"][-1]]
+    bench = functools.cache(lambda: Bench(
+        plan.folder("tokenizer") / "checkpoint.pt", last, r["count"], plan.arm.seed, device))
+    for training, copy in plan.looks().items():
+        path = scores / f"ends-{training}.pt"
+        if not is_filled(path):
+            say(f"{plan.arm.key}: samples after {training} x {r['dit_steps']} steps")
+            dit, _ = checkpoints.load_dit(copy)
+            ends = bench().ends(dit.to(device), r["starts"], r["euler"], r["precision"])
+            checkpoints.save({name: a.cpu().half() if a.is_floating_point() else a.cpu()
+                              for name, a in ends.items()}, path)
+    rows = []
     for training in (0, *r["trainings"]):
-        path = plan.folder("scores") / f"look-{training}.json"
+        path = scores / f"look-{training}.json"
         if not is_filled(path):
             say(f"{plan.arm.key}: a look at {training} x {r['dit_steps']} steps")
-            copy = plan.looks()[training or 1]
-            bench = bench or Bench(plan.folder("tokenizer") / "checkpoint.pt", copy, r["count"],
-                                   plan.arm.seed, device)
-            dit, _ = checkpoints.load_dit(copy)
-            row = bench.look(dit.to(device), r["starts"], r["euler"]) if training else bench.real()
+            ends, best = (checkpoints.read(scores / f"ends-{k or 1}.pt")
+                          for k in (training, r["trainings"][-1]))
+            row = bench().look(ends, best) if training else bench().real()
             runtime.write_json(path, {"training": training} | row)
-        found.append(runtime.read_json(path))
-    return {"real": found[0], "rows": found[1:]}
+        rows.append(runtime.read_json(path))
+    held_out = [line for line in read_log(plan.folder("tokenizer")) if "held_out" in line]
+    return {"real": rows[0], "rows": rows[1:],
+            "tokenizer": [[line["step"], line["held_out"]["psnr_mean"]] for line in held_out]}
 
 
 def run_arm(plan: Plan, results: Path, say: Callable[[str], None]) -> None:
@@ -305,9 +348,16 @@ def main(argv: list[str] | None = None) -> None:
                          "in one folder for each class")
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out, results / "law.md")
+    failed = []   # the others are run all the same
     bar = tqdm([plan for plan in plans if not is_done(plan, results)], "arms")
     for plan in bar:
-        run_arm(plan, results, bar.write)
+        try:
+            run_arm(plan, results, bar.write)
+        except InputError as error:
+            failed.append(str(error))
+            bar.write(failed[-1])
+    if failed:
+        raise InputError(failed[-1])
     answers.draw(results, args.rung)
 
 
