@@ -1014,31 +1014,40 @@ def decoder(decode: Function, scores: Callable[[Tensor], tuple[float, float]], z
     square, few = z.std.double().square(), min(256, len(shown))
     active = (square > 0.01 + variance).sum().item()
 
-    def gain(rows: Tensor, u: Tensor) -> Tensor:
-        values = [decoder_gain(decode, z.raw[i].to(z.device), (std * v).to(z.device))
-                  for i, v in zip(rows.split(32), u.split(32))]
-        return torch.cat(values).cpu()
-
     def with_error(values: Tensor) -> tuple[float, str]:
         error = values.std().item() / math.sqrt(len(values))
         return values.mean().item(), f"± {error:.1g}"
 
-    seen, each = [], max(1, PROBES // max(1, len(classes)))
-    members = class_rows(labels) if classes else []
-    for k, (rows, one) in enumerate(zip(members[:PROBES], classes)):
-        u = ambiguous_directions(one, len(rows[:each]), draw("seen", k)).cpu()
-        seen.append(gain(rows[:each], u.unflatten(2, z.shape[2:])))
+    seen = viv_seen(decode, z, labels, classes, draw) if classes else None
     return {
         "PSNR": psnr[0], "rFD at noise 0.3": distances[NOISE.index(0.3)],
         "slope of log rFD": slope,
         "noise that doubles rFD": doubles if math.isfinite(doubles) else f"beyond {NOISE[-1]}",
-        "decoder gain": with_error(gain(shown[:few], eps[:few])),
-        "VIV seen": with_error(math.pi / 2 * torch.cat(seen)) if seen else "VIV is n/a",
+        "decoder gain": with_error(gains(decode, z, shown[:few], eps[:few])),
+        "VIV seen": "VIV is n/a" if seen is None else with_error(seen),
         "noise / spread": (variance / square).mean().sqrt().item(),
         "KL per number": kl if math.isfinite(kl) else "there is no noise",
         "active channels": (active, f"of {len(square)}"),
         "choice": "directions of standardised latents, finite differences of 0.01",
         "curve": ("rFD with noise on the latent", "noise / spread", NOISE, distances)}
+
+
+def gains(decode: Function, z: Standardised, rows: Tensor, u: Tensor) -> Tensor:
+    """`decoder_gain` at these rows of z, in directions u of standardised latents."""
+    std = z.std[:, None, None]
+    values = [decoder_gain(decode, z.raw[i].to(z.device), (std * v).to(z.device))
+              for i, v in zip(rows.split(32), u.split(32))]
+    return torch.cat(values).cpu()
+
+
+def viv_seen(decode: Function, z: Standardised, labels: Tensor, classes: list[ClassGaussian],
+             draw: Draw) -> Tensor:
+    """VIV as the decoder shows it, for some images of each class: its mean is wanted."""
+    found, each = [], max(1, PROBES // len(classes))
+    for k, (rows, one) in enumerate(zip(class_rows(labels)[:PROBES], classes)):
+        u = ambiguous_directions(one, len(rows[:each]), draw("seen", k)).cpu()
+        found.append(gains(decode, z, rows[:each], u.unflatten(2, z.shape[2:])))
+    return math.pi / 2 * torch.cat(found)
 
 
 def decoder_gain(decode: Function, z: Tensor, directions: Tensor, step: float = 0.01) -> Tensor:

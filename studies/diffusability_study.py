@@ -7,19 +7,22 @@
 
 An arm is a tokenizer, a transformer that learns its latents for 20 epochs, samples,
 scores, and the page of diffusability.py.  All arms have the same networks, seed
-and number of steps, and differ in what acts on the latent.  A finished arm is one
+and number of steps, and differ in what acts on the latent.  Two are repeated with
+another seed, which says how much of a difference is chance.  A finished arm is one
 JSON file in RESULTS/arms.  The tables and figures are drawn from these files alone:
 how each property correlates with the distance of the samples from images, with
-and without the reconstruction held fixed, and what pairs of properties explain.
-The same command goes on where an earlier one was stopped.
+and without what the decoder alone loses held fixed, and what pairs of properties
+explain.  The same command goes on where an earlier one was stopped.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 import shlex
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import flow
 import frozen
 import latents
 from runtime import InputError
@@ -40,7 +44,8 @@ from studies.records import Arm, collect, execute, is_number, result_path, run_s
 # ------------------------------------------------------------------------------
 # The arms.  20 epochs of 20,000 images are 3,125 steps of 128.  A regulariser has its
 # published strength, and acts once beside KL and once beside VE.  The transformer sees
-# 2 x 2 positions of the latent at a time, which costs a quarter.
+# 2 x 2 positions of the latent at a time, which costs a quarter.  "none 0" is KL 1e-6
+# but for its first weights.
 
 RECIPE: dict[str, Any] = experiments.RECIPE | dict(
     tokenizer_steps=2000, network=" --model demo/2", dit_steps=3125, batch=128, count=2000,
@@ -58,16 +63,20 @@ DECLARED = [
     ("none", "0", "--loss none"),
     ("alignment", "0.1 0.5", f"{KL} --align-weight {{}} --teacher {TEACHER}"),
     ("EQ", "kl ve", f"{BESIDE} --regularizer eq"),
-    ("LCR", "kl ve", f"{BESIDE} --regularizer lcr"),
+    ("LCR", "kl", f"{BESIDE} --regularizer lcr"),
     ("LMR", "kl ve", f"{BESIDE} --regularizer lmr"),
     ("MAE", "kl ve", f"{BESIDE} --regularizer mae"),
     ("REPA", "kl ve", f"{BESIDE} --regularizer repa --teacher {TEACHER}"),
 ]
 
 
+REPEATED = "KL 1e-6", "VE 1e-3"   # with seed 1
+
+
 def table_of_arms() -> list[Arm]:
-    return [Arm(family, value, f"{NETWORK} {flags.format(value)}")
+    arms = [Arm(family, value, f"{NETWORK} {flags.format(value)}")
             for family, values, flags in DECLARED for value in values.split()]
+    return arms + [replace(arm, seed=1) for arm in arms if arm.name in REPEATED]
 
 
 @functools.cache
@@ -118,13 +127,45 @@ class Plan(records.Plan):
 def run_arm(plan: Plan, results: Path, say: Callable[[str], None]) -> None:
     """The stages that are not done, and the arm's file, with its page."""
     run_stages(plan, execute, say)
-    runtime.write_json(result_path(results, plan.arm),
-                       collect(plan) | {"page": runtime.read_json(plan.page)})
+    path = plan.page.with_name("beside.json")
+    if not records.is_filled(path):
+        runtime.write_json(path, beside(plan))
+    runtime.write_json(result_path(results, plan.arm), collect(plan) | {
+        "page": runtime.read_json(plan.page), "beside": runtime.read_json(path)})
+
+
+@torch.no_grad()
+def beside(plan: Plan) -> dict[str, float]:
+    """What a page has not.
+
+    floor               FD of real latents, with their noise, decoded, as many as samples:
+                        where a perfect transformer would be
+    velocity            the transformer's loss over the end of its training
+    VIV seen of samples as the page's VIV seen, but of these latents and not of the means
+    """
+    torch.set_float32_matmul_precision("highest")   # TF32 would change features
+    torch.backends.cudnn.allow_tf32 = False
+    tokenizer, dit = (plan.folder(stage) for stage in ("tokenizer", "dit"))
+    device = runtime.start(plan.device).device
+    bench = experiments.Bench(tokenizer / "checkpoint.pt", dit / "checkpoint.pt",
+                              plan.recipe["count"], plan.arm.seed, device)
+    z = latents.Standardised(flow.denormalize(bench.z, bench.centre, bench.spread).cpu(), device)
+    labels, losses = bench.y.cpu(), [row["velocity"] for row in records.read_log(dit)]
+    found = {"floor": bench.score(bench.decode(bench.z), bench.y)["fd"],
+             "velocity": statistics.mean(losses[-10:])}
+    with contextlib.suppress(InputError):   # a class has too few images
+        classes = [*latents.fit_classes(z, labels)]
+        seen = latents.viv_seen(bench.tokenizer.decode, z, labels, classes,
+                                lambda *names: runtime.generator(0, "study", *names))
+        found["VIV seen of samples"] = seen.mean().item()
+    return found
 
 
 # ------------------------------------------------------------------------------
 # Statistics of few arms.  A family of arms is not independent, so that intervals
-# are bootstrapped twice: over arms, and over whole families.
+# are bootstrapped twice: over arms, and over whole families.  Both are too narrow for
+# 20 arms: where nothing correlates, one in ten to seven excludes 0.  So a threshold
+# stands beside them, which the strongest of all properties passes by chance in 5 %.
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
@@ -169,6 +210,17 @@ def interval(statistic: Callable[[Tensor], float], groups: list[str],
     return values.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
+def threshold(columns: list[Tensor], y: Tensor, draws: int = 2000) -> float:
+    """The |r| that the best of all columns exceeds in 5 % of the permutations of y."""
+    g = runtime.generator(0, "permutation")
+    x = torch.stack(columns).double()
+    x = x - x.mean(1, keepdim=True)
+    shuffled = torch.stack([y[torch.randperm(len(y), generator=g)] for _ in range(draws)]).double()
+    shuffled = shuffled - shuffled.mean(1, keepdim=True)
+    r = (x / x.norm(dim=1, keepdim=True)) @ (shuffled / shuffled.norm(dim=1, keepdim=True)).T
+    return r.abs().amax(0).quantile(0.95).item()
+
+
 def explained(columns: list[Tensor], y: Tensor, groups: list[str]) -> tuple[float, float]:
     """R^2 of linear regression of y on the columns, and with each group left out.
 
@@ -193,42 +245,75 @@ def explained(columns: list[Tensor], y: Tensor, groups: list[str]) -> tuple[floa
 
 @dataclass
 class Arms:
-    """The arms that have been run, and for each property its values, [n]."""
+    """The arms of seed 0 that have been run, and for each property its values, [n].
+
+    fd, floor   of the samples, and of real latents, decoded
+    near        the arms whose latent has nearly no noise: KL 1e-6, none, and what is beside it
+    lacking     properties that some arm has not, or that never vary
+    repeats     the FD and the floor of arms that have been run with two seeds
+    made by     sizes, features, versions and dates
+    """
     names: list[str]
     families: list[str]
     fd: Tensor
-    rfd: Tensor
+    floor: Tensor
+    near: Tensor
     properties: dict[str, Tensor]
-    lacking: list[str]   # properties that some arm has not, or that never vary
+    lacking: list[str]
+    repeats: dict[str, list[tuple[float, float]]]
+    made_by: list[str]
 
 
 def read_arms(results: Path) -> Arms:
     """Every finished arm.  A property that any of them lacks is left out."""
-    runs = [(path, runtime.read_json(path)) for path in sorted(results.glob("arms/*.json"))]
-    rows = []
-    for path, run in runs:
+    rows, repeats, made_by, scores = [], {}, set(), {}
+    for path in sorted(results.glob("arms/*.json")):
+        run = runtime.read_json(path)
         try:
             values = {name: row["value"] for name, row in run["page"]["properties"].items()}
-            fd, rfd = run["numbers"]["fd"], run["numbers"]["rfd"]
-            rows.append((run["arm"], run["family"], fd, rfd, values))
-            fine = is_number(fd) and is_number(rfd)
+            values |= {name: run["beside"].get(name) for name in BESIDES}
+            if is_number(values["rFD at noise 0.3"]) and is_number(values["rFD"]):
+                values["rFD that noise 0.3 adds"] = values["rFD at noise 0.3"] - values["rFD"]
+            fd, floor, seed = run["numbers"]["fd"], run["beside"]["floor"], run["seed"]
+            trained = run["settings"]["tokenizer"]
+            near = "--loss none" in trained or "--loss kl --kl-weight 1e-6" in trained
+            made_by.add(f"{run['features']}, {run['hardware']}, {run['date']}, "
+                        f"PyTorch {run['versions']['torch']}")
+            scores.setdefault(run["settings"]["scores"], path)
+            repeats.setdefault(run["arm"], []).append((fd, floor))
+            if seed == 0:
+                rows.append((run["arm"], run["family"], fd, floor, near, values))
+            fine = is_number(fd) and is_number(floor)
         except (KeyError, TypeError, AttributeError):
             fine = False
         if not fine:
             raise InputError(f"{path} is damaged or not of this study: remove it")
     if len(rows) < 4:
         raise InputError(f"{results} has {len(rows)} finished arms, and correlations need 4")
-    names, families, distances, reconstructions, found = map(list, zip(*rows))
+    if len(scores) > 1:
+        raise InputError("{} and {} are of other sizes: move one of them away".format(
+            *scores.values()))
+    names, families, distances, floors, near, found = map(list, zip(*rows))
     common = [name for name in found[0] if all(is_number(v.get(name)) for v in found)]
     table = {name: torch.tensor([float(v[name]) for v in found]) for name in common}
     table = {name: column for name, column in table.items() if column.std() > 0}
     lacking = [name for name in found[0] if name not in table]
-    return Arms(names, families, torch.tensor(distances), torch.tensor(reconstructions), table,
-                lacking)
+    return Arms(names, families, torch.tensor(distances), torch.tensor(floors),
+                torch.tensor(near), table, lacking,
+                {name: pairs for name, pairs in repeats.items() if len(pairs) > 1},
+                [*scores, *sorted(made_by)])
+
+
+# Properties that are not the page's: their perspective, and the better direction.
+BESIDES = {"velocity": ("paths of the transformer", "lower"),
+           "VIV seen of samples": ("decoder", "lower"),
+           "rFD that noise 0.3 adds": ("decoder", "lower")}
 
 
 def meaning(name: str) -> tuple[str, str]:
     """The perspective of a property, and the direction that should be better."""
+    if name in BESIDES:
+        return BESIDES[name]
     for perspective, rows in latents.PERSPECTIVES.items():
         if name in rows:
             return perspective, rows[name][0]
@@ -245,15 +330,21 @@ def correlations(arms: Arms) -> list[dict[str, Any]]:
         def correlation(rows: Tensor, x: Tensor = x) -> float:
             return pearson(x[rows], arms.fd[rows])
 
+        def controlled(rows: Tensor, x: Tensor = x) -> float:
+            return partial(x[rows], arms.fd[rows], arms.floor[rows])
+
+        low, high = interval(correlation, arms.names)
+        # A smaller distance is better, so that a property of which less is better
+        # should rise with it.
+        wanted = "" if not better else "yes" if (r > 0) == (better == "lower") else "no"
         found.append({
-            "property": name, "perspective": perspective, "r": r,
-            "interval": interval(correlation, arms.names),
-            "by families": interval(correlation, arms.families),
-            "spearman": spearman(x, arms.fd), "given rFD": partial(x, arms.fd, arms.rfd),
-            # A smaller distance is better, so that a property of which less is
-            # better should rise with it.
-            "as expected": "" if not better else
-                "yes" if (r > 0) == (better == "lower") else "no"})
+            "property": name, "perspective": perspective, "better": better, "r": r,
+            "interval": (low, high), "by families": interval(correlation, arms.families),
+            "spearman": spearman(x, arms.fd),
+            "near": pearson(x[arms.near], arms.fd[arms.near]) if arms.near.sum() > 3 else math.nan,
+            "given floor": controlled(torch.arange(len(x))),
+            "its interval": interval(controlled, arms.names),
+            "as expected": wanted and ("undecided" if low <= 0 <= high else wanted)})
     return sorted(found, key=lambda row: -abs(row["r"]))
 
 
@@ -265,73 +356,107 @@ def advantage(arms: Arms, one: str, other: str) -> tuple[float, list[float]]:
     return difference(torch.arange(len(arms.names))), interval(difference, arms.names)
 
 
+# What the paper says of 43 tokenizers with SiT-B, uniform times and other features; and
+# the property here that comes nearest.
 CLAIMS = [
-    ("VIV predicts best: r = 0.87", "VIV"),
-    ("semantic separability is among the best three", "LNC, 10 neighbours"),
-    ("spatial structure is among the best three", "SRSS"),
-    ("without masks, by LDS", "LDS"),
-    ("spectral energy predicts less well", "SEC 0.25"),
-    ("iFID is less stable", "iFD, 10 of train"),
-    ("uniformity is weak", "density CV"),
+    ("velocity: VIV has r = 0.87, and is among the best", "VIV"),
+    ("semantics: LNC is among the best", "LNC, 10 neighbours"),
+    ("spatial structure: SRSS is among the best", "LDS"),
+    ("smoothness: SEC predicts less well (better with LightningDiT)", "SEC 0.25"),
+    ("continuity: iFID is less stable", "iFD, 10 of train"),
+    ("uniformity is weak", "neighbour spacing"),
     ("equivariance is the weakest", "rotation error"),
     ("paths are straighter where generation is better", "straightness"),
-    ("ours: VIV counted where the decoder sees it", "VIV seen"),
 ]
 
 
 def write_tables(arms: Arms, rows: list[dict[str, Any]], results: Path) -> None:
-    def span(pair: list[float]) -> str:
+    def span(pair: tuple[float, float]) -> str:
         return "[{:.2f}, {:.2f}]".format(*pair)
 
-    n = len(arms.names)
+    n, by_name = len(arms.names), {row["property"]: row for row in rows}
+    least = threshold([*arms.properties.values()], arms.fd)
     lines = [f"# What predicts the distance of samples, over {n} tokenizers", "",
              f"Families: {', '.join(dict.fromkeys(arms.families))}.  r is Pearson's, with the 95 %"
-             " interval of a bootstrap over tokenizers, and of one over families.", "",
+             " interval of a bootstrap over tokenizers, and of one over families.  The floor is"
+             " the FD of real latents, decoded: r given floor is that of FD with the floor held"
+             f" fixed.  r without noise is that of the {int(arms.near.sum())} tokenizers whose"
+             " latent has nearly none.", "",
+             f"If no property had to do with FD, the largest |r| of these {len(rows)} would exceed"
+             f" {least:.2f} in 5 % of the cases.  FD and floor correlate by"
+             f" {pearson(arms.fd, arms.floor):.2f}.", "",
+             *(f"{name} with {len(pairs)} seeds: FD "
+               f"{' and '.join(f'{fd:.1f}' for fd, _ in pairs)}, floor "
+               f"{' and '.join(f'{floor:.1f}' for _, floor in pairs)}."
+               for name, pairs in arms.repeats.items()), "",
              "n/a for some tokenizer, or the same for all: "
              f"{', '.join(arms.lacking) or 'none'}.", "",
-             "| property | perspective | r | 95 % | by families | Spearman | r given rFD |"
-             " as expected |", "|" + "---|" * 8]
+             "| property | perspective | r | 95 % | by families | Spearman | r without noise |"
+             " r given floor | 95 % | as expected |", "|" + "---|" * 10]
     for row in rows:
         lines.append(
             f"| {row['property']} | {row['perspective']} | {row['r']:.2f} |"
             f" {span(row['interval'])} | {span(row['by families'])} | {row['spearman']:.2f} |"
-            f" {row['given rFD']:.2f} | {row['as expected']} |")
-    lines += ["", "## The paper's claims", "", "| claim | property | r here | 95 % | rank |",
-              "|---|---|---|---|---|"]
-    order = {row["property"]: (k + 1, row) for k, row in enumerate(rows)}
+            f" {row['near']:.2f} | {row['given floor']:.2f} | {span(row['its interval'])} |"
+            f" {row['as expected']} |")
+    lines += ["", "## The paper's claims", "",
+              "| claim | property | r here | 95 % | r given floor | rank of the perspective |"
+              " as expected |", "|---|---|---|---|---|---|---|"]
+    ranks = {name: k + 1 for k, name in enumerate(best_of(rows))}
     for claim, name in CLAIMS:
-        found = "was not measured | | "
-        if name in order:
-            rank, row = order[name]
-            found = f"{row['r']:.2f} | {span(row['interval'])} | {rank} of {len(rows)}"
+        found = "was not measured | | | | "
+        if row := by_name.get(name):
+            rank = ranks.get(row["perspective"], "")
+            found = (f"{row['r']:.2f} | {span(row['interval'])} | {row['given floor']:.2f} |"
+                     f" {rank} of {len(ranks)} | {row['as expected']}")
         lines.append(f"| {claim} | {name} | {found} |")
-    if {"VIV", "VIV seen"} <= arms.properties.keys():
-        value, pair = advantage(arms, "VIV seen", "VIV")
-        lines += ["", f"|r| of VIV seen exceeds that of VIV by {value:.2f}, 95 % {span(pair)}."]
+    for one, other in (("VIV seen", "VIV"), ("VIV seen of samples", "VIV of samples")):
+        if {one, other} <= arms.properties.keys():
+            value, pair = advantage(arms, one, other)
+            lines += ["", f"|r| of {one} exceeds that of {other} by {value:.2f},"
+                      f" 95 % {span(pair)}."]
+    alone, outside = explained([arms.floor], arms.fd, arms.families)
     lines += ["", "## Two properties together", "",
-              "R² of a linear fit, and where each family is predicted from the others.", "",
-              "| properties | R² | family left out |", "|---|---|---|"]
+              "R² of a linear fit, and where each family is predicted from the others.  The pairs"
+              " were chosen on the same tokenizers.", "",
+              "| properties | R² | family left out |", "|---|---|---|",
+              f"| the floor alone | {alone:.2f} | {outside:.2f} |"]
     for (a, b), (inside, outside) in pairs(arms, rows)[:12]:
         lines.append(f"| {a}, {b} | {inside:.2f} | {outside:.2f} |")
-    lines += ["", "## The tokenizers", "", "| tokenizer | FD | rFD | VIV | VIV seen |",
-              "|---|---|---|---|---|"]
+    lines += ["", "## The tokenizers", "",
+              "| tokenizer | FD | floor | loss of the transformer | VIV | of samples | VIV seen |"
+              " of samples |", "|" + "---|" * 8]
     blank = torch.full((n,), math.nan)
-    columns = [arms.properties.get(name, blank) for name in ("VIV", "VIV seen")]
+    columns = [arms.properties.get(name, blank) for name in (
+        "velocity", "VIV", "VIV of samples", "VIV seen", "VIV seen of samples")]
     for k in arms.fd.argsort().tolist():
-        lines.append(f"| {arms.names[k]} | {arms.fd[k]:.1f} | {arms.rfd[k]:.1f} | "
+        lines.append(f"| {arms.names[k]} | {arms.fd[k]:.1f} | {arms.floor[k]:.1f} | "
                      + " | ".join(f"{column[k]:.4g}" for column in columns) + " |")
     with runtime.atomic(results / "correlations.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text("\n".join([*lines, "", *arms.made_by, ""]))
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The property of each perspective that correlates most, the best perspective first.
+
+    Only what is known before a transformer is trained, and has a better direction.  FD
+    and PSNR of reconstructions are no property of the latent.
+    """
+    fit = [row for row in rows if row["better"] and row["property"] not in ("rFD", "PSNR")
+           and row["perspective"] != "paths of the transformer"]
+    best: dict[str, str] = {}
+    for row in fit:   # from the strongest on
+        best.setdefault(row["perspective"], row["property"])
+    return best
 
 
 def pairs(arms: Arms, rows: list[dict[str, Any]]) -> list[tuple[tuple[str, str], Any]]:
     """Pairs of the best property of each perspective, the best fit first.
 
-    The paper's own pair, SRSS and LNC, is among them where both were measured.
+    The paper's own pair is LNC and SRSS.  Without masks LDS takes the place of SRSS.
     """
-    best = list({row["perspective"]: row["property"] for row in reversed(rows)}.values())
-    chosen = {*itertools.combinations(sorted(best), 2)}
-    own = ("LNC, 10 neighbours", "SRSS")
+    chosen = {*itertools.combinations(sorted(best_of(rows).values()), 2)}
+    own = "LNC, 10 neighbours", "SRSS" if "SRSS" in arms.properties else "LDS"
     if all(name in arms.properties for name in own):
         chosen.add(own)
     fits = {pair: explained([arms.properties[name] for name in pair], arms.fd, arms.families)
@@ -402,7 +527,7 @@ def main(argv: list[str] | None = None) -> None:
     add, count = p.add_argument, runtime.positive_int
     add("--list", action="store_true", help="print the arms, run nothing")
     add("--draw", action="store_true", help="redraw tables and figures, run nothing")
-    add("--only", nargs="+", metavar="NAME", help="arms by name")
+    add("--only", nargs="+", metavar="NAME", help="arms by name, with or without a seed")
     add("--data", default="cifar10_subset", help="a folder, cifar10 or shapes")
     add("--scale", type=runtime.positive, default=1.0,
         help="factor on the steps of both trainings")
@@ -413,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
         help="folder of JSON files, tables and figures")
     add("--smoke", action="store_true", help="one tiny arm of shapes")
     smoke = Path("runs/smoke/diffusability-study")
-    args = p.parse(argv, smoke=dict(data="shapes", only=["VE 1e-3"], out=smoke,
+    args = p.parse(argv, smoke=dict(data="shapes", only=["VE 1e-3 seed 0"], out=smoke,
                                     results=smoke / "results"))
     if args.draw:
         return draw(args.results)
@@ -421,15 +546,14 @@ def main(argv: list[str] | None = None) -> None:
     recipe["count"] = args.count or recipe["count"]
     for key in ("tokenizer_steps", "dit_steps"):
         recipe[key] = max(1, round(args.scale * recipe[key]))
-    known = {arm.name: arm for arm in table_of_arms()}
-    for name in args.only or ():
-        if name not in known:
-            raise InputError(f"--only {name}: no arm has that name; see --list")
-    plans = [Plan(arm, recipe, args.data, args.out, args.device)
-             for name, arm in known.items() if not args.only or name in args.only]
+    arms = table_of_arms()
+    if unknown := {*(args.only or ())} - {name for arm in arms for name in (arm.name, arm.key)}:
+        raise InputError(f"--only {min(unknown)}: no arm has that name; see --list")
+    plans = [Plan(arm, recipe, args.data, args.out, args.device) for arm in arms
+             if not args.only or {arm.name, arm.key} & {*args.only}]
     if args.list:
         for plan in plans:
-            print(f"{plan.arm.name:24} {'done' if records.is_done(plan, args.results) else ''}")
+            print(f"{plan.arm.key:24} {'done' if records.is_done(plan, args.results) else ''}")
         return
     if args.data not in ("shapes", "cifar10") and not Path(args.data).is_dir():
         raise InputError(f"--data {args.data} is not a folder: see RESULTS.md")

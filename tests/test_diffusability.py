@@ -390,7 +390,8 @@ def test_the_benchmark_names_what_it_times(capsys):
 
 def test_the_arms_of_the_study():
     arms = diffusability_study.table_of_arms()
-    assert len(arms) >= 16 and len({arm.name for arm in arms}) == len(arms)
+    assert len({arm.name for arm in arms}) >= 16 and len({arm.key for arm in arms}) == len(arms)
+    assert [arm.key for arm in arms if arm.seed] == ["KL 1e-6 seed 1", "VE 1e-3 seed 1"]
     used = set()
     for arm in arms:
         plan = diffusability_study.Plan(arm, diffusability_study.RECIPE, "x", Path("r"), "cpu")
@@ -399,7 +400,8 @@ def test_the_arms_of_the_study():
         args, page = train_tokenizer.parse(first[1:]), diffusability.parse(last[1:])
         used.add((args.regularizer, args.loss))
         assert page.decode == 1000 and page.dit and page.out.name == "page.json"
-    assert used >= {(name, loss) for name in objectives.REGULARIZERS for loss in ("kl", "ve")}
+    both = {(name, loss) for name in objectives.REGULARIZERS for loss in ("kl", "ve")}
+    assert both - used == {("lcr", "ve")}   # its published weight is very small
 
 
 def test_an_arm_runs_end_to_end_and_only_once(tmp_path, monkeypatch, capsys):
@@ -424,6 +426,10 @@ def test_an_arm_runs_end_to_end_and_only_once(tmp_path, monkeypatch, capsys):
     found = json.loads(arm.read_text())
     assert found["family"] == "VE" and found["numbers"]["fd"] > 0
     assert found["page"]["properties"]["VIV"]["value"] > 0
+    losses = [json.loads(line) for line in next(tmp_path.glob("runs/dit/*/log.jsonl")).open()]
+    losses = [line["velocity"] for line in losses if "velocity" in line]
+    assert found["beside"]["velocity"] == pytest.approx(sum(losses) / 4) and len(losses) == 4
+    assert found["beside"]["floor"] > 0 and found["beside"]["VIV seen of samples"] > 0
     study()
     assert ran == stages
     arm.unlink()   # it was killed before the file
@@ -473,6 +479,16 @@ def test_bootstrapped_intervals():
     assert seen <= {43, 42, 41, 40, 44}
 
 
+def test_what_the_best_of_many_properties_reaches_by_chance():
+    """Of one column it is the |r| of Student's test; of many it is more."""
+    x, y, _ = columns(23)
+    t = scipy.stats.t.ppf(0.975, 21)
+    one = diffusability_study.threshold([x], y)
+    assert one == pytest.approx(t / math.sqrt(21 + t * t), abs=0.03)
+    many = diffusability_study.threshold(list(torch.randn(40, 23)), y)
+    assert 0.55 < many < 0.75 and diffusability_study.threshold([x, x, -x], y) == one
+
+
 def test_regression_on_two_properties():
     x, y, z = columns()
     families = [str(i // 3) for i in range(12)]
@@ -492,21 +508,43 @@ def test_tables_and_figures_are_drawn_from_the_files_of_arms(tmp_path, capsys):
         rows["LNC, 10 neighbours"]["value"] = y[k].item()
         rows["VIV seen"]["value"] = x[k].item() + y[k].item()
         rows["rotation error"]["value"] = 1.5   # it never varies
-        run = {"arm": f"VE {k}", "family": ("VE", "KL", "none")[k % 3],
-               "numbers": {"fd": 100 + 10 * x[k].item(), "rfd": 20 + z[k].item()},
-               "page": {"properties": rows}}
+        rows["LDS"]["value"] = k**2
+        rows["rFD"]["value"], rows["rFD at noise 0.3"]["value"] = 20 + z[k].item(), 30
+        run = {"arm": f"VE {k}", "family": ("VE", "KL", "none")[k % 3], "seed": 0,
+               "settings": {"tokenizer": ("--loss ve --kl-weight 1e-6", "--loss kl --kl-weight 1e-6",
+                                          "--loss none")[k % 3], "scores": "a few steps"},
+               "features": "Test", "hardware": "none", "date": "today", "versions": {"torch": "2"},
+               "numbers": {"fd": 100 + 10 * x[k].item()}, "page": {"properties": rows},
+               "beside": {"floor": 20 + z[k].item(), "velocity": 1 + y[k].item()}}
         runtime.write_json(tmp_path / f"arms/{k}.json", run)
+    again = run | {"arm": "VE 0", "seed": 1, "numbers": {"fd": 111.0}}
+    runtime.write_json(tmp_path / "arms/again.json", again)
     diffusability_study.main(["--draw", "--results", str(tmp_path)])
     text = (tmp_path / "correlations.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| VIV |")]
     assert "| velocity | 1.00 | [1.00, 1.00] |" in lines[0] and lines[0].endswith("| yes |")
+    assert "over 12 tokenizers" in text and "r without noise is that of the 8 tokenizers" in text
+    assert f"VE 0 with 2 seeds: FD {100 + 10 * x[0].item():.1f} and 111.0, floor" in text
     assert "| equivariance is the weakest | rotation error | was not measured" in text
-    assert "| LNC, 10 neighbours, SRSS |" in text
+    assert "| LNC, 10 neighbours, SRSS |" in text and "rFD, " not in text.split("## Two")[1]
+    # A property is judged where the interval of its r does not hold 0.
+    assert {line.split("|")[-2].strip() for line in text.split("## The paper's")[0].splitlines()
+            if line.startswith("| ")} >= {"yes", "undecided"}
+    r = scipy.stats.pearsonr(y, x)[0]
+    line, = [line for line in text.splitlines() if line.startswith("| velocity |")]
+    assert f"| paths of the transformer | {r:.2f} |" in line
+    assert "| rFD that noise 0.3 adds | decoder |" in text
     names = {path.name for path in tmp_path.glob("*.png")}
     assert names == {"velocity.png", "semantics.png", "spatial-structure.png", "decoder.png",
-                     "pair.png"}
+                     "paths-of-the-transformer.png", "pair.png"}
     assert "|r| of VIV seen exceeds that of VIV by -" in text
     assert "or the same for all: VIV of samples" in text and "rotation error" in text
+    runtime.write_json(tmp_path / "arms/again.json",
+                       again | {"settings": again["settings"] | {"scores": "many steps"}})
+    with pytest.raises(SystemExit):
+        diffusability_study.main(["--draw", "--results", str(tmp_path)])
+    assert "are of other sizes: move one of them away" in capsys.readouterr().err
+    (tmp_path / "arms/again.json").unlink()
     (tmp_path / "arms/3.json").write_text("{}")
     with pytest.raises(SystemExit):
         diffusability_study.main(["--draw", "--results", str(tmp_path)])
