@@ -140,7 +140,7 @@ def beside(plan: Plan) -> dict[str, float]:
 
     floor               FD of real latents, with their noise, decoded, as many as samples:
                         where a perfect transformer would be
-    velocity            the transformer's loss over the end of its training
+    flow loss           the transformer's loss over the end of its training
     VIV seen of samples as the page's VIV seen, but of these latents and not of the means
     """
     torch.set_float32_matmul_precision("highest")   # TF32 would change features
@@ -152,7 +152,7 @@ def beside(plan: Plan) -> dict[str, float]:
     z = latents.Standardised(flow.denormalize(bench.z, bench.centre, bench.spread).cpu(), device)
     labels, losses = bench.y.cpu(), [row["velocity"] for row in records.read_log(dit)]
     found = {"floor": bench.score(bench.decode(bench.z), bench.y)["fd"],
-             "velocity": statistics.mean(losses[-10:])}
+             "flow loss": statistics.mean(losses[-10:])}
     with contextlib.suppress(InputError):   # a class has too few images
         classes = [*latents.fit_classes(z, labels)]
         seen = latents.viv_seen(bench.tokenizer.decode, z, labels, classes,
@@ -305,7 +305,7 @@ def read_arms(results: Path) -> Arms:
 
 
 # Properties that are not the page's: their perspective, and the better direction.
-BESIDES = {"velocity": ("paths of the transformer", "lower"),
+BESIDES = {"flow loss": ("paths of the transformer", "lower"),
            "VIV seen of samples": ("decoder", "lower"),
            "rFD that noise 0.3 adds": ("decoder", "lower")}
 
@@ -424,11 +424,11 @@ def write_tables(arms: Arms, rows: list[dict[str, Any]], results: Path) -> None:
     for (a, b), (inside, outside) in pairs(arms, rows)[:12]:
         lines.append(f"| {a}, {b} | {inside:.2f} | {outside:.2f} |")
     lines += ["", "## The tokenizers", "",
-              "| tokenizer | FD | floor | loss of the transformer | VIV | of samples | VIV seen |"
+              "| tokenizer | FD | floor | flow loss | VIV | of samples | VIV seen |"
               " of samples |", "|" + "---|" * 8]
     blank = torch.full((n,), math.nan)
     columns = [arms.properties.get(name, blank) for name in (
-        "velocity", "VIV", "VIV of samples", "VIV seen", "VIV seen of samples")]
+        "flow loss", "VIV", "VIV of samples", "VIV seen", "VIV seen of samples")]
     for k in arms.fd.argsort().tolist():
         lines.append(f"| {arms.names[k]} | {arms.fd[k]:.1f} | {arms.floor[k]:.1f} | "
                      + " | ".join(f"{column[k]:.4g}" for column in columns) + " |")

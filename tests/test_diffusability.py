@@ -428,7 +428,7 @@ def test_an_arm_runs_end_to_end_and_only_once(tmp_path, monkeypatch, capsys):
     assert found["page"]["properties"]["VIV"]["value"] > 0
     losses = [json.loads(line) for line in next(tmp_path.glob("runs/dit/*/log.jsonl")).open()]
     losses = [line["velocity"] for line in losses if "velocity" in line]
-    assert found["beside"]["velocity"] == pytest.approx(sum(losses) / 4) and len(losses) == 4
+    assert found["beside"]["flow loss"] == pytest.approx(sum(losses) / 4) and len(losses) == 4
     assert found["beside"]["floor"] > 0 and found["beside"]["VIV seen of samples"] > 0
     study()
     assert ran == stages
@@ -515,7 +515,7 @@ def test_tables_and_figures_are_drawn_from_the_files_of_arms(tmp_path, capsys):
                                           "--loss none")[k % 3], "scores": "a few steps"},
                "features": "Test", "hardware": "none", "date": "today", "versions": {"torch": "2"},
                "numbers": {"fd": 100 + 10 * x[k].item()}, "page": {"properties": rows},
-               "beside": {"floor": 20 + z[k].item(), "velocity": 1 + y[k].item()}}
+               "beside": {"floor": 20 + z[k].item(), "flow loss": 1 + y[k].item()}}
         runtime.write_json(tmp_path / f"arms/{k}.json", run)
     again = run | {"arm": "VE 0", "seed": 1, "numbers": {"fd": 111.0}}
     runtime.write_json(tmp_path / "arms/again.json", again)
@@ -531,7 +531,7 @@ def test_tables_and_figures_are_drawn_from_the_files_of_arms(tmp_path, capsys):
     assert {line.split("|")[-2].strip() for line in text.split("## The paper's")[0].splitlines()
             if line.startswith("| ")} >= {"yes", "undecided"}
     r = scipy.stats.pearsonr(y, x)[0]
-    line, = [line for line in text.splitlines() if line.startswith("| velocity |")]
+    line, = [line for line in text.splitlines() if line.startswith("| flow loss |")]
     assert f"| paths of the transformer | {r:.2f} |" in line
     assert "| rFD that noise 0.3 adds | decoder |" in text
     names = {path.name for path in tmp_path.glob("*.png")}
