@@ -197,6 +197,22 @@ def test_an_arm_runs_once_and_goes_on_where_it_was_killed(tmp_path, monkeypatch,
     assert "done" not in capsys.readouterr().out
 
 
+def test_an_arm_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def run_arm(plan, results, say):
+        tried.append(plan.arm.seed)
+        if plan.arm.seed < 3:
+            raise InputError(f"seed {plan.arm.seed} has failed")
+
+    monkeypatch.setattr(experiments, "run_arm", run_arm)
+    with pytest.raises(SystemExit) as stop:
+        smoke(tmp_path, "--seeds", "1", "2", "3")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and tried == [1, 2, 3]
+    assert "seed 1 has failed" in said and said.splitlines()[-1].endswith("seed 2 has failed")
+
+
 def made_by(folder: Path) -> experiments.Plan:
     """The plan of the smoke run."""
     recipe = experiments.RUNGS["shapes"] | experiments.SMOKE | dict(trainings=(1, 2))
