@@ -208,9 +208,10 @@ def test_an_arm_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(experiments, "run_arm", run_arm)
     with pytest.raises(SystemExit) as stop:
         smoke(tmp_path, "--seeds", "1", "2", "3")
-    said = capsys.readouterr().err
+    told = capsys.readouterr()
     assert stop.value.code == 2 and tried == [1, 2, 3]
-    assert "seed 1 has failed" in said and said.splitlines()[-1].endswith("seed 2 has failed")
+    assert "seed 1 has failed" in told.out
+    assert told.err.splitlines()[-1].endswith("seed 2 has failed")
 
 
 def made_by(folder: Path) -> experiments.Plan:
