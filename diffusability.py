@@ -191,10 +191,13 @@ def perspectives(z, samples, val, train, tokenizer, net, dit, seed, batch):
         classes.extend(latents.fit_classes(z, labels))
         return latents.velocity(z, samples, labels, classes, draw)
 
-    known = Standardised(train["mean"], device, like=z) if train else None
+    def semantics():
+        known = Standardised(train["mean"], device, like=z) if train else None
+        return latents.semantics(z, labels, masks, known, train.get("labels"))
+
     functions = (
         velocity,
-        lambda: latents.semantics(z, labels, masks, known, train.get("labels")),
+        semantics,
         lambda: latents.space(z, masks),
         lambda: latents.smoothness(z),
         lambda: latents.continuity(lambda raw: scores(raw)[0], z, shown, train.get("mean"), draw),

@@ -254,6 +254,20 @@ def test_masks_are_cropped_as_their_images_are(tmp_path):
     assert torch.equal(found[0], expected.float())
 
 
+def test_odd_latents_of_training_images_spoil_one_perspective_only(tmp_path, monkeypatch):
+    class Refuses(latents.Standardised):
+        def __init__(self, *args, like=None):
+            if like is not None:
+                raise InputError("they are odd")
+            super().__init__(*args)
+
+    monkeypatch.setattr(diffusability, "Standardised", Refuses)
+    found = page(tmp_path / "p.json", "--tokenizer", "a/t.pt", "--data", "classes",
+                 "--decode", 16)
+    assert found["properties"]["LNC, 10 neighbours"]["beside"] == "they are odd"
+    assert values(found)["VIV"] is not None and values(found)["LDS"] is not None
+
+
 def test_classes_of_one_image(tmp_path):
     found = page(tmp_path / "p.json", "--tokenizer", "a/t.pt", "--data", "single",
                  "--decode", 16)
