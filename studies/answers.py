@@ -15,7 +15,6 @@ M3  the round trip of samples through their pictures, and their distance to the 
 
 import math
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import numpy as np
 from runtime import InputError
 from studies.plot import plt
 from studies.records import is_number
-from studies.toy_law import ABSCISSAE, crossing, interval, levels, points_of, scatter, shown
+from studies.toy_law import ABSCISSAE, crossing, interval, levels, points_of, scatter_of, shown
 
 BASE = "KL 1e-6"
 START = 0.7    # the time at which real latents enter the sampler, where e is read
@@ -132,14 +131,6 @@ def explained(arm: Arm) -> float | None:
     return injected / cost if cost > 0 else None
 
 
-def scatter_by_name(arms: list[Arm], abscissa: Callable) -> list[float]:
-    """Scatter around one curve, and its 95 % interval by a bootstrap over tokenizers."""
-    groups, chooser = [*by_name(arms).values()], np.random.default_rng(0)
-    again = [scatter(*points_of([arm for k in chooser.integers(len(groups), size=len(groups))
-                                 for arm in groups[k]], abscissa)) for _ in range(200)]
-    return [scatter(*points_of(arms, abscissa)), *map(float, np.quantile(again, (0.025, 0.975)))]
-
-
 def verdict(m1: list[float], m2: list[float], totals: list[float]) -> str:
     """What M1, M2 and the FD of samples, less KL's in percent, say: a value for each seed.
 
@@ -183,7 +174,7 @@ def conclusions(arms: list[Arm]) -> list[str]:
                          f"{shown(shares, 0)} % of the loss that the errors cause.")
     paired = [arm for arm in arms if arm["arm"]["seed"]] or arms
     for key in ("e", "e / sigma", "e / tolerance"):
-        value, low, high = scatter_by_name(paired, ABSCISSAE[key])
+        value, low, high = scatter_of([*by_name(paired).values()], ABSCISSAE[key])
         lines.append(f"* Scatter around one curve of {key}: {value:.2f} ({low:.2f} to {high:.2f}).")
     if chosen := [(arm["rows"][-1]["fd"], arm["arm"]["value"]) for arm in arms
                   if arm["arm"]["seed"] == 0 and arm["arm"]["family"] == "KL"]:

@@ -143,8 +143,6 @@ def beside(plan: Plan) -> dict[str, float]:
     flow loss           the transformer's loss over the end of its training
     VIV seen of samples as the page's VIV seen, but of these latents and not of the means
     """
-    torch.set_float32_matmul_precision("highest")   # TF32 would change features
-    torch.backends.cudnn.allow_tf32 = False
     tokenizer, dit = (plan.folder(stage) for stage in ("tokenizer", "dit"))
     device = runtime.start(plan.device).device
     bench = experiments.Bench(tokenizer / "checkpoint.pt", dit / "checkpoint.pt",

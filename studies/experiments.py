@@ -139,6 +139,8 @@ class Bench:
     """
 
     def __init__(self, tokenizer: Path, dit: Path, n: int, seed: int, device: torch.device):
+        torch.set_float32_matmul_precision("highest")   # TF32 would change features
+        torch.backends.cudnn.allow_tf32 = False
         self.tokenizer, origin = checkpoints.load_tokenizer(tokenizer)
         self.tokenizer.to(device)
         file, config, self.seed = checkpoints.read(dit, "dit"), origin["config"], seed
@@ -271,8 +273,6 @@ class Bench:
 def look_at(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     """Real latents, and a row for each training.  Ends and looks have files of their own."""
     r, device, scores = plan.recipe, runtime.start(plan.device).device, plan.folder("scores")
-    torch.set_float32_matmul_precision("highest")   # TF32 would change features
-    torch.backends.cudnn.allow_tf32 = False
     last = plan.looks()[r["trainings"][-1]]
     bench = functools.cache(lambda: Bench(
         plan.folder("tokenizer") / "checkpoint.pt", last, r["count"], plan.arm.seed, device))

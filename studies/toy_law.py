@@ -272,12 +272,14 @@ def points_of(arms: list[dict], abscissa) -> tuple[list[float], list[float]]:
     return [abscissa(*pair) for pair in pairs], [excess(*pair) for pair in pairs]
 
 
-def scatter_of(arms: list[dict], abscissa, draws: int = 200) -> list[float]:
-    """The scatter of all arms, and its 95 % interval by a bootstrap over the arms."""
-    chooser = np.random.default_rng(0)
-    again = [scatter(*points_of([arms[k] for k in chooser.integers(len(arms), size=len(arms))],
-                                abscissa)) for _ in range(draws)]
-    return [scatter(*points_of(arms, abscissa)), *map(float, np.quantile(again, (0.025, 0.975)))]
+def scatter_of(groups: list[list[dict]], abscissa, draws: int = 200) -> list[float]:
+    """The scatter of all arms, and its 95 % interval by a bootstrap over groups of them."""
+    def of(some: list[list[dict]]) -> float:
+        return scatter(*points_of(sum(some, []), abscissa))
+
+    chooser, n = np.random.default_rng(0), len(groups)
+    again = [of([groups[k] for k in chooser.integers(n, size=n)]) for _ in range(draws)]
+    return [of(groups), *map(float, np.quantile(again, (0.025, 0.975)))]
 
 
 def surprise(arm: dict, others: list[dict]) -> float:
@@ -325,8 +327,8 @@ def judge(arms: list[dict]) -> dict:
             surprise(arm, [other for other in arms if other["arm"]["name"] != name])
             for arm in mine.values()]
     for key, abscissa in ABSCISSAE.items():
-        found["scatter"][key] = scatter_of(arms, abscissa)
-        if wide := [arm for arm in arms if arm["sigma"] > 0.03]:   # those that have not collapsed
+        found["scatter"][key] = scatter_of([[arm] for arm in arms], abscissa)
+        if wide := [[arm] for arm in arms if arm["sigma"] > 0.03]:   # those that have not collapsed
             found["scatter"][f"{key} where sigma > 3 %"] = scatter_of(wide, abscissa)
     for k, row in enumerate(levels(arms[0])):
         best = [min((arm for arm in arms

@@ -508,7 +508,8 @@ def test_the_scatter_is_drawn_over_tokenizers():
                 "rows": [{"group": "level", "e": 0.1, "invalid": invalid}]}
 
     arms = [arm("a", 1, 0.0), arm("a", 2, 2.0), arm("b", 1, 0.0), arm("b", 2, 2.0)]
-    found = answers.scatter_by_name(arms, lambda arm, row: row["e"])
+    groups = [*answers.by_name(arms).values()]
+    found = answers.scatter_of(groups, lambda arm, row: row["e"])
     assert_close(found, [1.0, 1.0, 1.0])
 
 
