@@ -366,18 +366,15 @@ def disagreement(classes: list[ClassGaussian], x: Tensor, t: Tensor) -> Tensor:
         y, D = parts(one, x, t)
         logits.append(-0.5 * (y.square() / D + D.log()).sum((1, 2)))
     gamma = torch.stack(logits, 1).softmax(1)
-    found, mean = [], torch.zeros_like(x)
+    mean, square = torch.zeros_like(x), torch.zeros(len(x)).double()
     for one, weight in zip(classes, gamma.T):
         rows = (weight > 1e-9).nonzero()[:, 0]   # in many dimensions it is mostly one class
         y, D = parts(one, x[rows], t[rows])
         gain = (t[rows] * one.variances.cpu() - (1 - t[rows])) / D
         m = one.mean.cpu() + turn_back(one, gain * y)
         mean[rows] += weight[rows, None, None] * m
-        found.append((rows, weight[rows], m))
-    total = torch.zeros(len(x)).double()
-    for rows, weight, m in found:
-        total[rows] += weight * (m - mean[rows]).square().sum((1, 2))
-    return total
+        square[rows] += weight[rows] * m.square().sum((1, 2))
+    return square - mean.square().sum((1, 2))   # of float64, so that nothing is lost
 
 
 def class_rows(labels: Tensor) -> list[Tensor]:
