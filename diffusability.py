@@ -11,6 +11,7 @@ sources propose.  What cannot be computed is n/a, with the reason.  --out receiv
 the page as JSON.  --compare writes a figure beside it.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -52,8 +53,7 @@ def parse(argv):
     add("--masks", type=Path, help="folder with a .png for every held-out image, of its"
         " name and size; what is not black is the object; shapes have their own")
     add("--size", type=count, help="side in pixels; else that of training")
-    add("--features", default="auto", help="of rFD and iFD: auto, inception, judge,"
-        " efficientnet-lite0 or module:function")
+    add("--features", default="auto", help="network of rFD and iFD, as in evaluate.py")
     add("--limit", type=count, help="most images; else all that are held out")
     add("--decode", type=count, default=1000, help="images for what needs a network")
     add("--out", type=Path, default=Path("runs/diffusability/page.json"), help="a .json")
@@ -90,9 +90,8 @@ def encode(tokenizer, images, count, keep, masks, seed, batch, workers, device):
         index, end = part["index"].tolist(), begin + len(part["index"])
         mean, logvar = tokenizer.posterior(part["x"])
         std = torch.exp(0.5 * logvar)
-        draws = [runtime.generator(seed, "diffusability", i) for i in index]
-        eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in draws])
-        scale = torch.stack([torch.randn((), generator=g) for g in draws])
+        eps = runtime.noise_of(index, mean.shape[1:], seed, "diffusability")
+        scale = runtime.noise_of(index, (), seed, "scale")
         kl = 0.5 * (mean.square() + std.square() - logvar - 1)
         z = tokenizer.sample(mean, std, eps.to(mean), scale.to(mean))
         found = {"mean": mean, "sample": z, "labels": part["y"], "kl": kl.mean((1, 2, 3)),
@@ -124,7 +123,6 @@ def load(path, source, size):
 def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, workers, device):
     """The perspectives of a page, and where its numbers are from."""
     tokenizer, source, size, images, training = load(path, source, size)
-    sha256 = runtime.file_sha256(path)
     if masks and not hasattr(images, "folder"):
         raise InputError(f"--masks are for folders of images, not for {source}")
     network = None
@@ -145,7 +143,8 @@ def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, 
     return perspectives(z, samples, val, train, tokenizer, net, network, seed, batch), {
         **net.about(), "data": f"{source} {images.split}", "size": size, "images": count,
         "decoded": len(val["shown"]), "data_sha256": data.fingerprint(images), "seed": seed,
-        "tokenizer_sha256": sha256, "dit_sha256": dit and runtime.file_sha256(dit)}
+        "tokenizer_sha256": runtime.file_sha256(path),
+        "dit_sha256": dit and runtime.file_sha256(dit)}
 
 
 # ------------------------------------------------------------------------------
@@ -160,9 +159,7 @@ def perspectives(z, samples, val, train, tokenizer, net, dit, seed, batch):
     labels, masks, shown, device = val["labels"], val.get("masks"), val["shown"], z.device
     variance, kl = val["variance"].double().mean(0), val["kl"].mean().item()
     classes = []   # `velocity`, which comes first, fills it for `decoder`
-
-    def draw(*names):
-        return runtime.generator(seed, "diffusability", *names)
+    draw = functools.partial(runtime.generator, seed, "diffusability")
 
     def latent(x):
         means = [tokenizer.posterior(part.to(device))[0] for part in x.split(batch)]
@@ -250,14 +247,12 @@ def show(page):
     about = page["protocol"]
     print(f"\n{page['of']}: {about['images']} images of {about['data']}, of which"
           f" {about['decoded']} are decoded")
-    before = None
-    for name, row in page["properties"].items():
-        if row["perspective"] != before:
-            before = row["perspective"]
-            print(f"\n{before} ({row['seconds']:.1f} s)")
-        text = row["meaning"] + f" ({row['beside']})" * bool(row["beside"])
-        text = row["beside"] if row["value"] is None else text
-        print(f"  {name:24} {written(row):>9} {ARROWS[row['better']]}  {text}")
+    for perspective, names in latents.PERSPECTIVES.items():
+        rows = {name: page["properties"][name] for name in names}
+        print(f"\n{perspective} ({max(row['seconds'] for row in rows.values()):.1f} s)")
+        for name, row in rows.items():
+            text = row["meaning"] + f" ({row['beside']})" * bool(row["beside"])
+            print(f"  {name:24} {written(row):>9} {ARROWS[row['better']]}  {text}")
     print("\nWhat the paper leaves open:")
     for perspective, choice in page["choices"].items():
         print(f"  {perspective}: {choice}")
@@ -303,23 +298,18 @@ def plot(pages, path):
                    yticklabels=rows)
     axes[0, 0].invert_yaxis()
     axes[0, 0].legend()
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    axes[0, 0].grid(alpha=0.3)
+    runtime.save_figure(figure, path, dpi=110)
 
 
 def read_page(path):
     """A page that was written before."""
     page, names = runtime.read_json(path), sum(map(list, latents.PERSPECTIVES.values()), [])
-    try:
-        fine = ([*page["properties"]] == names and {"of", "protocol"} <= page.keys()
-                and all(len(curve) == 3 for curve in page["curves"].values()))
-    except (AttributeError, KeyError, TypeError):
-        fine = False
-    if not fine:
-        raise InputError(f"{path} is no page of this version: make it again")
-    return page
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        if ([*page["properties"]] == names and {"of", "protocol"} <= page.keys()
+                and all(len(curve) == 3 for curve in page["curves"].values())):
+            return page
+    raise InputError(f"{path} is no page of this version: make it again")
 
 
 @runtime.command
@@ -328,30 +318,27 @@ def main(argv=None):
     rt = runtime.start(args.device)
     if rt.world > 1 or rt.device.type == "mps":   # which has no float64
         raise InputError("one process makes the page, on --device cpu or cuda")
-    torch.set_float32_matmul_precision("highest")   # TF32 would change small differences
-    torch.backends.cudnn.allow_tf32 = False
+    runtime.exact_products()
     figure = args.out.with_suffix(".png")
     runtime.claim(rt, args.out.parent, args.out, *[figure] * bool(args.compare))
-    pages, known = [], {path: read_page(path) for path in args.compare if path.suffix == ".json"}
-    images = {known[path]["protocol"].get("data_sha256") if path in known else
+    pages = {path: read_page(path) if path.suffix == ".json" else None
+             for path in args.compare or [args.tokenizer]}
+    images = {pages[path]["protocol"].get("data_sha256") if pages[path] else
               data.fingerprint(load(path, args.data, args.size)[3]) for path in args.compare}
     if len(images) > 1:   # before the first is measured
         raise InputError(OTHERS)
-    for path in args.compare or [args.tokenizer]:
-        page = known.get(path) or {"of": str(path)} | measure(*prepare(
+    for path in [path for path, page in pages.items() if not page]:
+        pages[path] = {"of": str(path)} | measure(*prepare(
             path, args.dit, args.data, args.masks, args.size, args.features, args.limit,
             args.decode, args.seed, args.at_once, args.workers, rt.device))
-        pages.append(page)
-        if path not in known:
-            show(page)
-    about = {"command": runtime.command_line(), "date": time.strftime("%F"),
-             "versions": runtime.versions(), "device": runtime.device_name(rt.device)}
+        show(pages[path])
+    about = runtime.provenance(rt.device)
+    pages = [*pages.values()]
     if not args.compare:
         runtime.write_json(args.out, pages[0] | about)
         return print(f"\nwrote {args.out}")
     same = "data", "size", "images", "decoded", "features", "data_sha256"
-    kinds = [[page["protocol"].get(key) for key in same] for page in pages]
-    if any(kind != kinds[0] for kind in kinds):
+    if len({str([page["protocol"].get(key) for key in same]) for page in pages}) > 1:
         raise InputError(OTHERS)
     compare(pages)
     plot(pages, figure)

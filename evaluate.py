@@ -245,8 +245,7 @@ def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe
     for part in read(images, count):
         x, index = part["pixels"], part["index"].tolist()
         z = tokenizer.posterior(data.from_uint8(x))[0]
-        draws = [runtime.generator(seed, "evaluate", i) for i in index]
-        noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in draws])
+        noise = runtime.noise_of(index, z.shape[1:], seed, "evaluate")
         decoded = (tokenizer.decode(z + std * noise.to(z), index) for *_, std in levels)
         for moment, total, x_hat in zip(moments, sums, [*map(data.to_uint8, decoded), x]):
             rows, y = net(x_hat)[0], part["y"] if judged else None
@@ -459,14 +458,11 @@ def plot(rows, path):
                         "o-", label=Path(row["of"]).parent.name or row["of"])
             ax.set(xlabel=unit, ylabel=name)
     axes[0, 0].legend()
-    with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    runtime.save_figure(figure, path, dpi=150)
 
 
 def report(rows, out, seed, rt):
-    about = {"command": runtime.command_line(), "date": time.strftime("%F"),
-             "seed": seed, "processes": rt.world, "versions": runtime.versions(),
-             "device": runtime.device_name(rt.device)}
+    about = runtime.provenance(rt.device) | {"seed": seed, "processes": rt.world}
     for row in rows:
         show(row)
     curves = [row for row in rows if len(row.get("curve", [])) > 1]
@@ -482,8 +478,7 @@ def report(rows, out, seed, rt):
 def main(argv=None):
     args = parse(argv)
     rt = runtime.start(args.device)
-    torch.set_float32_matmul_precision("highest")   # TF32 would change features
-    torch.backends.cudnn.allow_tf32 = False
+    runtime.exact_products()
     read = Reader(rt, args.at_once, args.workers, args.limit)
     if args.write_reference:
         runtime.claim(rt, args.write_reference.parent, args.write_reference)

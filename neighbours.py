@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import flow
 from models import (
     Attention, Autoencoder, ResidualBlock, SpatialAttention, VitBlock, group_norm, rms, waves)
-from runtime import InputError, generator
+from runtime import InputError, noise_of
 
 # ------------------------------------------------------------------------------
 # The tokenizer of DGAE: its decoder is a diffusion model of the image, which gets
@@ -138,9 +138,8 @@ class DiffusionAutoencoder(Autoencoder):
         depend on its batch.  Without numbers, all images start from the same noise.
         """
         B, _, h, w = z.shape
-        streams = [generator(0, "decoder", i) for i in (images or [0] * B)]
         shape = 3, h * self.stride, w * self.stride
-        noise = torch.stack([torch.randn(shape, generator=draw) for draw in streams])
+        noise = noise_of(images or [0] * B, shape, 0, "decoder")
         condition = self.post_quant_conv(z)
 
         def velocity_fn(x_t: Tensor, t: float) -> Tensor:

@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -451,6 +451,12 @@ def start(device: str = "auto") -> Runtime:
     return Runtime(place, rank, world, local)
 
 
+def exact_products() -> None:
+    """CUDA keeps float32 as it is: its shorter form, TF32, would change small differences."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def finish() -> None:
     """Leave the process group, if there is one, and give the folders back."""
     if dist.is_initialized():
@@ -588,6 +594,13 @@ def generator(seed: int, *stream: int | str, device: Any = "cpu") -> torch.Gener
     """A fresh generator for the stream that any ints and strings name."""
     digest = hashlib.blake2b(repr((seed, *stream)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def noise_of(images: Iterable[int], shape: Sequence[int], seed: int,
+             *stream: int | str) -> Tensor:
+    """N(0, I), [B, *shape].  Each number of `images` has a stream of its own."""
+    return torch.stack([torch.randn(shape, generator=generator(seed, *stream, i))
+                        for i in images])
 
 
 def global_randn(shape: Any, runtime: Runtime, seed: int, *stream: int | str) -> Tensor:
@@ -854,9 +867,7 @@ class Log:
         self.path, self.active = Path(path), runtime.is_main
         if not self.active:
             return
-        header = {"command": command_line(), "config": config, "versions": versions(),
-                  "device": device_name(runtime.device), "world": runtime.world,
-                  "date": time.strftime("%Y-%m-%d")}
+        header = provenance(runtime.device) | {"config": config, "world": runtime.world}
         first = json.dumps(header, default=str)
         lines, changed = [first], {}
         if resumed_step and self.path.exists():
@@ -911,6 +922,20 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What belongs beside every measured number."""
+    return {"command": command_line(), "date": time.strftime("%F"), "versions": versions(),
+            "device": device_name(device)}
+
+
+def save_figure(figure: Any, path: Path, dpi: int, **options: Any) -> None:
+    """Write a figure of matplotlib, and let it go."""
+    from matplotlib import pyplot
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, **options)
+    pyplot.close(figure)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -383,7 +383,7 @@ def draw(arms: list[dict], title: str, path: Path) -> None:
             ax.add_patch(Ellipse(mean, *(2 * std), fill=False))
         ax.plot([0.9 * reach - 5, 0.9 * reach], [-0.9 * reach] * 2, "k", lw=3)
         ax.text(0.9 * reach, -0.8 * reach, "5 units", ha="right", backgroundcolor="w")
-    save(figure, path)
+    runtime.save_figure(figure, path, dpi=72)
 
 
 def draw_mechanism(numbers: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -402,13 +402,7 @@ def draw_mechanism(numbers: dict[str, dict[str, list[float]]], path: Path) -> No
     ax.set(ylabel="decoded outside of the data [%]", title="What the decoder has paid in "
            "advance, and what the flow's error e adds.  Dots are seeds.")
     ax.legend(frameon=False)
-    save(figure, path)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=72)
-    plt.close(figure)
+    runtime.save_figure(figure, path, dpi=72)
 
 
 # ------------------------------------------------------------------------------
@@ -472,7 +466,7 @@ def main(argv: list[str] | None = None) -> dict:
     path = args.json or args.out / "toy2d.json"
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out, path)
-    torch.set_float32_matmul_precision("highest")   # TF32 is coarser than KL's error
+    runtime.exact_products()   # TF32 is coarser than the error of KL
     recipe = PRESETS[args.preset] | (SMOKE if args.smoke else {})
     arms = [replace(arm, seed=seed) for seed in args.seeds for arm in ARMS]
     results = run(arms, recipe, rt.device, args.out / "arms")
@@ -487,9 +481,7 @@ def main(argv: list[str] | None = None) -> dict:
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             print(f"    {key:24}{statistics.mean(values):.4g}{spread}")
     runtime.write_json(path, {
-        "command": runtime.command_line(), "date": time.strftime("%Y-%m-%d"),
-        "device": runtime.device_name(rt.device), "versions": runtime.versions(),
-        "training_seconds": sum(result["seconds"] for result in results),
+        **runtime.provenance(rt.device), "training_seconds": sum(result["seconds"] for result in results),
         "recipe": recipe, "seeds": args.seeds, "arms": numbers})
     kl, good_kl, strong_kl, ve = results[:len(ARMS)]
     draw([kl, ve], "With a weak KL term the flow's error leaves the data.  With VE the "

@@ -257,9 +257,7 @@ def draw_figure(arms: list[Arm], quality: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     law.legend(frameon=False, fontsize=8)
     weights.legend(frameon=False, fontsize=8)
-    with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=80)
-    plt.close(figure)
+    runtime.save_figure(figure, path, dpi=80)
 
 
 def draw(results: Path, rung: str) -> None:

@@ -443,9 +443,7 @@ def main(argv: list[str] | None = None) -> None:
                "metrics": partial(evaluation, bench, args.size, args.smoke)}
     print(json.dumps({
         "settings": runtime.plain(args),
-        "command": runtime.command_line(),
-        "device": runtime.device_name(bench.rt.device),
-        "versions": runtime.versions(), "date": time.strftime("%Y-%m-%d"),
+        **runtime.provenance(bench.rt.device),
         **measure[args.what]()}, indent=1))
 
 

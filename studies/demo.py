@@ -81,9 +81,7 @@ def draw(folder: Path) -> None:
     bar = figure.colorbar(coloured, ax=axes.ravel().tolist(), fraction=0.02, pad=0.01,
                           aspect=50)
     bar.set_label("sigma, in percent of the latent's spread", fontsize=10)
-    with runtime.atomic(folder / "demo.png") as file:
-        figure.savefig(file, dpi=90, bbox_inches="tight")
-    plt.close(figure)
+    runtime.save_figure(figure, folder / "demo.png", dpi=90, bbox_inches="tight")
 
 
 def numbers(folder: Path) -> dict[str, float]:

@@ -127,8 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         raise runtime.InputError(f"it needs --count {2 * PER_CLASS} or more, and --side 2 or more")
     rt = runtime.start(args.device)
     print(json.dumps({
-        "settings": runtime.plain(args), "device": runtime.device_name(rt.device),
-        "versions": runtime.versions(), "date": time.strftime("%Y-%m-%d"),
+        "settings": runtime.plain(args), **runtime.provenance(rt.device),
         **measure(args.count, args.channels, args.side, rt.device)}, indent=1))
 
 

@@ -487,7 +487,7 @@ def draw_figures(arms: Arms, rows: list[dict[str, Any]], results: Path) -> int:
         marks = [plt.Line2D([], [], marker="o", ls="", color=f"C{k}") for k in range(len(kinds))]
         figure.legend(marks, kinds, loc="outside lower center", ncols=len(kinds), fontsize=8)
         figure.supylabel("FD of samples", fontsize=9)
-        save(figure, results / f"{slug(perspective)}.png")
+        runtime.save_figure(figure, results / f"{slug(perspective)}.png", dpi=110)
     found = pairs(arms, rows)
     if found:
         (a, b), (inside, _) = found[0]
@@ -497,14 +497,8 @@ def draw_figures(arms: Arms, rows: list[dict[str, Any]], results: Path) -> int:
         for name, u, v in zip(arms.names, x.tolist(), y.tolist()):
             axis.annotate(name, (u, v), fontsize=7)
         axis.set(xlabel=a, ylabel=b, title=f"size: FD of samples; R² = {inside:.2f}")
-        save(figure, results / "pair.png")
+        runtime.save_figure(figure, results / "pair.png", dpi=110)
     return len(by) + bool(found)
-
-
-def save(figure: Any, path: Path) -> None:
-    with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
 
 
 def draw(results: Path) -> None:

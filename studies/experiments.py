@@ -139,8 +139,7 @@ class Bench:
     """
 
     def __init__(self, tokenizer: Path, dit: Path, n: int, seed: int, device: torch.device):
-        torch.set_float32_matmul_precision("highest")   # TF32 would change features
-        torch.backends.cudnn.allow_tf32 = False
+        runtime.exact_products()
         self.tokenizer, origin = checkpoints.load_tokenizer(tokenizer)
         self.tokenizer.to(device)
         file, config, self.seed = checkpoints.read(dit, "dit"), origin["config"], seed

@@ -121,8 +121,7 @@ def farthest(a: Tensor, b: Tensor) -> float:
 def exact() -> Iterator[None]:
     """float32 is float32, without the shorter TF32, and stages cannot change it."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    runtime.exact_products()
     try:
         with mock.patch.object(torch, "set_float32_matmul_precision"):
             yield
@@ -525,9 +524,7 @@ def draw(path: Path, device: str, rates: list[Row]) -> None:
              xlabel="share of the rate of matrix products, measured in the same run")
     axes.invert_yaxis()
     axes.legend()
-    with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    plt.close(figure)
+    runtime.save_figure(figure, path, dpi=150)
 
 
 @runtime.command

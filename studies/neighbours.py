@@ -219,9 +219,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     right.set(xlabel="Euler steps of DGAE's decoder")
     left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     figure.tight_layout()
-    with runtime.atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    plt.close(figure)
+    runtime.save_figure(figure, path, dpi=130)
 
 
 # ------------------------------------------------------------------------------

@@ -116,13 +116,10 @@ def draw(runs: dict[str, Curves], keys: list[str], path: Path) -> None:
         fontsize=8,
     )
     try:
-        with runtime.atomic(path) as temporary:
-            figure.savefig(temporary, dpi=110)
+        runtime.save_figure(figure, path, dpi=110)
     except ValueError as error:  # an ending that matplotlib does not know
         reason = " ".join(str(error).split())
         raise InputError(f"--out {path}: {reason}") from None
-    finally:
-        plt.close(figure)
 
 
 @runtime.command

@@ -431,7 +431,7 @@ def draw(arms: list[dict], path: Path) -> None:
     for ax in (law, sigmas, tolerances, weights):
         ax.set_xscale("log")
         ax.grid(alpha=0.3)
-    toy2d.save(figure, path)
+    runtime.save_figure(figure, path, dpi=72)
 
 
 # ------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> dict:
     curves = {r["arm"]["name"]: perturbation(r) for r in results[:4]}
     figures = figure4(found, VE.weight), figure5(curves)
     for number, figure in enumerate(figures, 4):
-        toy2d.save(figure, args.out / f"toy2d_figure{number}.png")
+        runtime.save_figure(figure, args.out / f"toy2d_figure{number}.png", dpi=72)
     report = {
         "command": "python -m studies.toy_sweep", "date": time.strftime("%Y-%m-%d"),
         "device": runtime.device_name(toy2d.CPU), "versions": runtime.versions(),
