@@ -279,6 +279,18 @@ def restore(state: dict, path: Path, **parts: Any) -> None:
             raise InputError(f"{path} cannot go on: its {name} does not fit ({reason}); "
                              "choose another --out") from error
 
+def resume(path: Path, kind: str, settings: dict, free: set[str], **parts: Any) -> dict:
+    """Fill the parts from a run's checkpoint, and return it; {} if there is none yet.
+
+    Its settings must be these, but for those that are free.
+    """
+    if not path.exists():
+        return {}
+    state = read(path, kind, resume=True)
+    runtime.check_same_command(state["config"], settings, free, path)
+    restore(state, path, **parts)
+    return state
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """load_state_dict, which by itself compares neither options nor shapes."""
     before = [dict(group) for group in optimizer.param_groups]
@@ -344,6 +356,12 @@ def read_tokenizer_parts(path: str | Path) -> dict[str, dict]:
     file = read(path, "tokenizer")
     others = {name: tensors(file.get(name)) for name in PREFIXES}
     return {"model": tensors(file["model"])} | {k: part for k, part in others.items() if part}
+
+def begin_from(path: Path, parts: dict[str, Any]) -> None:
+    """Fill those of the parts that a tokenizer's file has."""
+    found = read_tokenizer_parts(path)
+    for name in parts.keys() & found.keys():
+        load_strict(parts[name], found[name], path)
 
 def from_ldm(file: dict, path: Path) -> dict:
     """The config follows from the tensors."""
@@ -541,6 +559,20 @@ def check_pair(dit: Path, file: dict, tokenizer: Path, channels: int,
         size = ", or --size is another" if side else ""
         raise InputError(f"{tokenizer} is not the tokenizer of {dit}{size}: give that one, "
                          "or train the DiT again")
+
+def statistics(dit: Path, origin: dict, tokenizer: dict, stats: Path | None) -> list[Tensor]:
+    """Mean and std of the latents, [C] each: those of `stats`, or of the DiT's file.
+
+    A published tokenizer's file may have them too.  origin and tokenizer are contents.
+    """
+    known = read(stats) if stats else (tokenizer if "kind" not in tokenizer else {}) | origin
+    names = ("mean", "std") if stats else ("latent_mean", "latent_std")
+    channels = origin["model_config"]["in_channels"]
+    found = [known[k].float().flatten() for k in names if torch.is_tensor(known.get(k))]
+    if [values.isfinite().sum() for values in found] != [channels, channels]:
+        raise InputError(f"{stats or dit} has no mean and std of {channels} channels: "
+                         "give --latent-stats")
+    return found
 
 def from_dit(file: dict, path: Path) -> dict:
     """The config follows from the tensors.

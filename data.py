@@ -84,6 +84,18 @@ def save_rows(path: str | Path, rows: dict[str, Any]) -> None:
         grid.save(temporary)
 
 
+def save_samples(path: Path, parts: list[Path], shape: tuple[int, ...], labels: Tensor) -> None:
+    """As np.savez, part by part: 50,000 images may be more than the memory holds."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with runtime.atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, header)
+            for part in parts:
+                array.write(np.load(part).data)
+        with archive.open("arr_1.npy", "w", force_zip64=True) as array:
+            np.save(array, labels.numpy())
+
+
 # ------------------------------------------------------------------------------
 # Pictures have the interface of Shapes.  Their read() gives uint8 [3, s, s] for
 # each index, or None for a file that is no image.  A place (across, down) in
@@ -759,10 +771,11 @@ def write_chunk(home, images, parts, encode):
 # The latents of LightningDiT's extract_features.py, in its own files.
 
 
-def open_lightningdit_latents(folder: str | Path) -> LatentSet:
+def open_lightningdit_latents(folder: str | Path, channels: int) -> LatentSet:
     """*.safetensors with latents, latents_flip [n, C, h, w] and labels [n].
 
-    Each latent is one draw of z.  latents_stats.pt has their mean and std.
+    Each latent is one draw of z.  latents_stats.pt has their mean and std.  InputError
+    unless C is `channels`, as of the tokenizer.
     """
     files, stats = sorted(Path(folder).glob("*.safetensors")), Path(folder) / "latents_stats.pt"
     parts, labels, kinds = [], [], set()
@@ -783,6 +796,8 @@ def open_lightningdit_latents(folder: str | Path) -> LatentSet:
         labels.append(y)
     if not sum(map(len, labels)):
         raise InputError(f"{folder} has no *.safetensors: give a folder of latents")
+    if images.shape[1] != channels:
+        raise InputError(f"{folder} has {images.shape[1]} channels, but the tokenizer {channels}")
     given = checkpoints.read(stats)
     try:
         mean, std = (given[key].double().view(images.shape[1]) for key in ("mean", "std"))

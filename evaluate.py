@@ -17,7 +17,6 @@ receives results.json and noise_curve.png.
 
 import hashlib
 import re
-import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass

@@ -68,10 +68,10 @@ def reparameterize(mean: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
 #     sigma^4 = lambda1 / T(mu)                                        (Eq. 14)
 #
 # as the minimum of Eq. 15: latents to which the decoder is deaf become wide,
-# and sensitive ones stay narrow.  In Eq. 7 T is one number for a whole latent.
-# Every value of the latent has a sigma and a term of Eq. 9 of its own, and so the
-# T of Eq. 14 is that value's own, an entry of diag(J^T J).  Nothing in Eq. 9 bounds the latent's scale,
-# and a larger mean makes any sigma relatively small.  Eq. 10 stops that.
+# and sensitive ones stay narrow.  Eq. 7 has one T for a whole latent.  Here every
+# value of it has its own sigma, and so the T of Eq. 14 is an entry of diag(J^T J).
+# Eq. 9 does not bound the latent's scale, and a larger mean makes any sigma
+# relatively small.  Eq. 10 stops that.
 
 
 def inverse_variance(logvar: Tensor, delta: float = 1e-6) -> Tensor:
@@ -236,22 +236,3 @@ def marginal_distance_matrix(z: Tensor, target: Tensor,
     difference = similarity(z) - similarity(target)
     return F.relu(difference.abs() - margin).mean()
 
-
-# ------------------------------------------------------------------------------
-# The Geometric Autoencoder, GAE (Liu et al. 2026), draws the mean of the latent to
-# a target of the same size, which a teacher makes from such features.  The teacher
-# learns by restoring the features from its target.  Both losses are means.
-
-
-def semantic_preservation(mean: Tensor, target: Tensor) -> Tensor:
-    """Mean of (mean - target)^2, Eq. 2 of GAE; the target has no gradient."""
-    return F.mse_loss(mean, target.detach())
-
-
-def cosine_distance(f_hat: Tensor, f: Tensor) -> Tensor:
-    """Mean of 1 - cos(f_hat, f) over all positions, Eq. 4 of GAE up to the 1.
-
-    GAE's code takes the squared error of vectors with a root mean square of 1,
-    which is twice this.
-    """
-    return (1 - F.cosine_similarity(f_hat, f, dim=1)).mean()

@@ -3,7 +3,8 @@
     two images   psnr, ssim (for LPIPS, which is a network, see frozen.py)
     two sets     frechet_distance, kernel_distance, manifold_metrics
     one set      inception_score, recognised
-    latents      latent_summary, principal_colours, linear_probe, nearest_neighbours
+    latents      latent_summary, principal_colours, sigma_map, linear_probe,
+                 nearest_neighbours
 """
 
 import functools
@@ -202,6 +203,14 @@ def principal_colours(z: Tensor) -> Tensor:
     low, high = found.quantile(torch.tensor([0.01, 0.99], dtype=found.dtype), dim=0)
     found = 2 * (found - low) / (high - low).clamp(min=1e-12) - 1
     return found.clamp(-1, 1).float().unflatten(0, (len(z), *z.shape[2:])).movedim(-1, 1)
+
+
+def sigma_map(logvar: Tensor, size: tuple[int, int]) -> tuple[float, float, Tensor]:
+    """The lowest and the highest sigma, and images [B, 3, *size] of its logarithm."""
+    a = F.interpolate(logvar.mean(1, keepdim=True), size=size) / 2
+    low, high = a.min(), a.max()
+    scaled = 2 * (a - low) / (high - low).clamp(min=1e-6) - 1
+    return low.exp().item(), high.exp().item(), scaled.expand(-1, 3, -1, -1)
 
 
 def latent_summary(mean: Tensor, logvar: Tensor, z: Tensor,

@@ -35,11 +35,9 @@ from runtime import InputError
 # ------------------------------------------------------------------------------
 # Sizes of the tokenizers.  A config is a plain dict that is stored in the
 # checkpoint and rebuilds the network by itself.  f16d32 is the tokenizer of the
-# paper and of VA-VAE; the ViT sizes are those of GAE's Table 8.  Of DGAE's decoders
-# the width is known, and the millions of parameters: 122, 276 and 491.  With ADM's
-# blocks, the levels and blocks below give these numbers, as others would too.  The
-# demo rows are for a CPU and images of 32 x 32: latents of 8 x 8 x 8, or 16 x 4 x 4.
-# The preset "demo" trains "vit-shapes", and the preset "small" trains "vit-demo".
+# paper and of VA-VAE.  The ViT sizes are those of GAE's Table 8.  RESULTS.md tells
+# how DGAE's were found.  Rows with "demo" or "shapes" are for images of 32 x 32
+# pixels: the preset "demo" trains "vit-shapes", and "small" trains "vit-demo".
 
 LDM_F16 = dict(arch="conv", ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
                attn_resolutions=(16,), resolution=256)
@@ -321,12 +319,7 @@ class Autoencoder(Tokenizer):
         return self.encoder.conv_out.weight
 
     def encode(self, x: Tensor) -> Tensor:
-        """Mean and log-variance, stacked: [B, 2C, h, w], always float32.
-
-        The last convolution runs outside of autocast.  Steps of bfloat16 are
-        0.03 at |z| = 4, which is not small beside the sigma = 0.25 that the
-        Variance Expansion loss reaches.
-        """
+        """Mean and log-variance, stacked: [B, 2C, h, w], float32 under autocast too."""
         H, W = x.shape[2:]
         if H % self.stride or W % self.stride:
             raise InputError(

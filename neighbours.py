@@ -123,13 +123,15 @@ class DiffusionAutoencoder(Autoencoder):
                 t: Tensor) -> tuple[Tensor, ...]:
         """mean, logvar, z, and what the decoder says of x_t = (1 - t) noise + t x:
 
-        x_hat = x_t + (1 - t) v_hat, and v_hat itself.  noise [B, 3, H, W], t [B].
+        x_hat = x_t + (1 - t) v_hat, v_hat itself, and the velocity x - noise that it
+        should be.  noise [B, 3, H, W], t [B].
         """
         mean, logvar = self.posterior(x)
         z = self.sample(mean, torch.exp(0.5 * logvar), eps, scale)
         x_t = flow.interpolate(x, noise, t)
         v_hat = self.decoder(x_t, t, self.post_quant_conv(z)).float()
-        return mean, logvar, z, x_t + (1 - t).view(-1, 1, 1, 1) * v_hat, v_hat
+        x_hat = x_t + (1 - t).view(-1, 1, 1, 1) * v_hat
+        return mean, logvar, z, x_hat, v_hat, flow.velocity(x, noise)
 
     def decode(self, z: Tensor, images: Sequence[int] | None = None) -> Tensor:
         """Integrate v_hat from noise to x_hat [B, 3, H, W].

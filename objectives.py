@@ -7,7 +7,7 @@ their own so that the stage, `train_tokenizer.py`, shows its objective alone.
     Alignment             VA-VAE: the latent learns from a teacher
     SemanticPreservation  GAE: the latent's mean learns from a teacher
     Adversary             VQGAN: a discriminator learns with the tokenizer
-    NoiseTarget           finds lambda1 of Eq. 11 while the tokenizer trains
+    Lambda1               the weight of Eq. 9, which NoiseTarget may find in training
 
 --regularizer names one of those that "Diffusing in the Right Space" compares, at
 its published strength, together with any --loss:
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 import frozen
 import losses
 import models
+import neighbours
 from runtime import InputError, Runtime
 
 # The published strengths.  The weights of lcr and repa are relative to L_rec's
@@ -55,7 +56,16 @@ REGULARIZERS: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------
 # What the regularisers do to a latent or an image, as functions.  One is a loss.  The
 # others change what the encoder sees or the decoder gets, and leave the losses as
-# they are.  REPA (Yu et al. 2024) is `losses.cosine_distance`, of a network of z.
+# they are.  REPA (Yu et al. 2024) is the cosine distance of a network of z.
+
+
+def cosine_distance(f_hat: Tensor, f: Tensor) -> Tensor:
+    """Mean of 1 - cos(f_hat, f) over all positions, Eq. 4 of GAE up to the 1.
+
+    GAE's code takes the squared error of vectors with a root mean square of 1,
+    which is twice this.
+    """
+    return (1 - F.cosine_similarity(f_hat, f, dim=1)).mean()
 
 
 def local_correlation(mean: Tensor) -> Tensor:
@@ -125,12 +135,12 @@ class Reconstruction:
     def __call__(self, x_hat: Tensor, x: Tensor, v_hat: Tensor | None = None,
                  v: Tensor | None = None) -> Tensor:
         if v_hat is None or v is None:
-            rec = losses.absolute_error(x_hat, x)
+            rec, at = losses.absolute_error(x_hat, x), x_hat
         else:
-            rec = losses.squared_error(v_hat, v)
+            rec, at = losses.squared_error(v_hat, v), v_hat
         if self.weight:
             rec = rec + self.weight * losses.perceptual_error(self.lpips, x_hat, x)
-        return rec
+        return at_image(rec, at) if rec.requires_grad else rec
 
 
 class Alignment:
@@ -233,7 +243,8 @@ class SemanticPreservation:
         return self.network(mean)
 
     def loss(self, x: Tensor, mean: Tensor, z: Tensor, target: Tensor, x_hat: Tensor) -> Tensor:
-        return losses.semantic_preservation(self.found(mean), self.target(x))
+        """Eq. 2 of GAE, a mean."""
+        return F.mse_loss(self.found(mean), self.target(x))
 
 
 class Adversary:
@@ -253,6 +264,8 @@ class Adversary:
 
     def __init__(self, args: argparse.Namespace, tokenizer: models.Tokenizer,
                  rt: Runtime) -> None:
+        if args.disc_weight and args.size < 32:
+            raise InputError("the discriminator needs --size 32 or more, or --disc-weight 0")
         self.weight, self.layer = args.disc_weight, tokenizer.last_layer
         self.constant = args.disc_mode == "constant"
         self.start, self.autocast = args.disc_start, lambda: rt.autocast(args.precision)
@@ -302,7 +315,7 @@ class RepresentationMatch(Alignment):
                              nn.Conv2d(width, features, 1))
 
     def loss(self, x: Tensor, mean: Tensor, z: Tensor, target: Tensor, x_hat: Tensor) -> Tensor:
-        return losses.cosine_distance(self.network(z), self.features(x))
+        return cosine_distance(self.network(z), self.features(x))
 
 
 class LocalCorrelation:
@@ -368,8 +381,45 @@ def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
     return other.weight * losses.adaptive_weight(*pulls, maximum=other.maximum)
 
 
+def blocks_of(tokenizer: nn.Module) -> list[nn.Module]:
+    """What is compiled.  The last layers stay outside.
+
+    `balance` takes a gradient at these layers alone.  In one graph with others it
+    would pay for theirs too.
+    """
+    kinds = models.Level, models.VitBlock, neighbours.TimeBlock
+    return [module for module in tokenizer.modules() if isinstance(module, kinds)]
+
+
 # ------------------------------------------------------------------------------
-# A lambda1 for Eq. 9 that nobody has to choose.
+# The weight of Eq. 9: as given, or a lambda1 that nobody has to choose.
+
+
+class Lambda1:
+    """It grows from 0 over --ve-warmup; then --target-noise moves it."""
+
+    def __init__(self, args: argparse.Namespace, rt: Runtime) -> None:
+        self.given, self.warmup, self.keeper = args.lambda1, args.ve_warmup, None
+        self.parts: dict[str, Any] = {}
+        self.parameters: list[Tensor] = []
+        if args.target_noise:
+            if args.loss != "ve" or not args.lambda1:
+                raise InputError("--target-noise moves lambda1: it needs --loss ve, and a "
+                                 "--lambda1 above 0 to begin with")
+            self.keeper = NoiseTarget(args.target_noise, args.lambda1, args.steps).to(rt.device)
+            self.parts = {"lambda1": self.keeper}
+
+    def at(self, step: int) -> Any:
+        full = self.keeper.lambda1 if self.keeper else self.given
+        return full * min(1, (step + 1) / max(1, self.warmup))
+
+    def see(self, step: int, mean: Tensor, logvar: Tensor) -> None:
+        if self.keeper and step >= self.warmup:
+            self.keeper.see(mean, logvar)
+
+    def step(self) -> None:
+        if self.keeper and self.keeper.seen:
+            self.keeper.step()
 
 
 class NoiseTarget(nn.Module):

@@ -343,6 +343,13 @@ def steps_of(epochs: float, images: int, batch: int) -> int:
     return math.ceil(epochs * images / batch)
 
 
+def check_batch(batch: int, runtime: "Runtime", parts: int | None) -> None:
+    """Raise InputError unless all processes and parts get as many images."""
+    if batch % (runtime.world * (parts or 1)):
+        raise InputError(f"--batch {batch} must be a multiple of {runtime.world} process(es) "
+                         f"x --accumulate {parts or 1}")
+
+
 def plain(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as plain values, for the checkpoint and the log."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -596,11 +603,11 @@ def generator(seed: int, *stream: int | str, device: Any = "cpu") -> torch.Gener
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def noise_of(images: Iterable[int], shape: Sequence[int], seed: int,
+def noise_of(images: Iterable[int], shape: Sequence[int], seed: int, name: str,
              *stream: int | str) -> Tensor:
     """N(0, I), [B, *shape].  Each number of `images` has a stream of its own."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, *stream, i))
-                        for i in images])
+    draws = [generator(seed, name, i, *stream) for i in images]
+    return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
 
 
 def global_randn(shape: Any, runtime: Runtime, seed: int, *stream: int | str) -> Tensor:

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import runtime  # before torch: it says how idle threads wait
@@ -121,13 +120,7 @@ class Networks:
         checkpoints.check_pair(dit, origin, tokenizer, self.tokenizer.channels)
         self.data = origin.get("config", {}).get("data") if "kind" in origin else None
         self.data_seed = file.get("config", {}).get("seed", 0)
-        known = checkpoints.read(stats) if stats else (file if "kind" not in file else {}) | origin
-        names = ("mean", "std") if stats else ("latent_mean", "latent_std")
-        found = [known[k].float().flatten() for k in names if torch.is_tensor(known.get(k))]
-        if [values.isfinite().sum() for values in found] != [channels, channels]:
-            raise InputError(f"{stats or dit} has no mean and std of {channels} channels: "
-                             "give --latent-stats")
-        self.mean, self.std = found
+        self.mean, self.std = checkpoints.statistics(dit, origin, file, stats)
 
         self.guide = None
         if guide:
@@ -153,24 +146,6 @@ class Networks:
         """x_hat of these images on the CPU, a few at a time, to save memory."""
         return torch.cat([self.tokenizer.decode(z[i:i + 16], images[i:i + 16]).cpu()
                           for i in range(0, len(z), 16)])
-
-
-def noise_of(images: list[int], shape: list[int], seed: int, *stream: int | str) -> Tensor:
-    """N(0, I) for each image, which has a stream of its own: [n, C, h, w]."""
-    draws = [runtime.generator(seed, "sample", i, *stream) for i in images]
-    return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
-
-
-def save_images(path: Path, parts: list[Path], shape: tuple[int, ...], labels: Tensor) -> None:
-    """As np.savez, part by part: 50,000 images may be more than the memory holds."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    with runtime.atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, header)
-            for part in parts:
-                array.write(np.load(part).data)
-        with archive.open("arr_1.npy", "w", force_zip64=True) as array:
-            np.save(array, labels.numpy())
 
 
 # ------------------------------------------------------------------------------
@@ -214,12 +189,12 @@ def main(argv: list[str] | None = None) -> None:
     bar.update(args.count - sum(len(parts[part]) for part in missing))
     for part in missing[rt.rank::rt.world]:
         images = parts[part]
-        noise = noise_of(images, net.shape, args.seed).to(rt.device)
+        noise = runtime.noise_of(images, net.shape, args.seed, "sample").to(rt.device)
         y = labels[images].to(rt.device)
         velocity_fn = flow.guided_velocity(
             net.dit, y, net.null, args.guidance, args.interval, args.cfg_channels, net.guide)
         with torch.no_grad(), rt.autocast(args.precision):
-            # Eq. 30 by the steps of Eq. 31, or by others.
+            # Eq. 30, by Euler's steps (Eq. 31) or by others.
             if args.sampler == "euler":
                 z = flow.euler(velocity_fn, noise, args.steps, args.shift)
             elif args.sampler == "heun":
@@ -227,20 +202,22 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 z = flow.euler_maruyama(
                     velocity_fn, noise, args.steps, args.shift,
-                    noise_fn=lambda k: noise_of(images, net.shape, args.seed, "sde", k))
+                    noise_fn=lambda k: runtime.noise_of(
+                        images, net.shape, args.seed, "sample", "sde", k))
             z = flow.denormalize(z, net.mean, net.std)
             x_hat = net.decode(z, images)  # Eq. 32
         if not (z.isfinite().all() and x_hat.isfinite().all()):
             raise InputError(f"images {images[0]} to {images[-1]} are not finite: use "
                              "--precision fp32, or train the DiT again")
-        with runtime.atomic(part) as file, open(file, "wb+") as opened:  # "wb" hides a full disk
+        # NumPy would hide a full disk from "wb".
+        with runtime.atomic(part) as file, open(file, "wb+") as opened:
             np.save(opened, data.to_uint8(x_hat).permute(0, 2, 3, 1).numpy())
         bar.update(min(len(images) * rt.world, bar.total - bar.n))
     runtime.barrier()
 
     if rt.is_main:
-        facts.unlink(missing_ok=True)  # they tell of other images
-        save_images(npz, [*parts], (args.count, size, size, 3), labels)
+        facts.unlink(missing_ok=True)  # it describes the images before these
+        data.save_samples(npz, [*parts], (args.count, size, size, 3), labels)
         images = data.open_array(npz, "arr_0")
         data.save_rows(args.out / "grid.png", {
             net.classes[y]: images[(labels == y).numpy()][:8] for y in labels.unique()[:10]})

@@ -250,15 +250,10 @@ def train_tokenizer(model: Model, recipe: dict) -> None:
     model.centre, model.spread = z.mean(0), z.std(0)
 
 
-def train_flow(model: Model, recipe: dict, watch=lambda ema: None) -> None:
-    """The second stage.  After every step `watch` sees the averaged network."""
+def train_flow(model: Model, recipe: dict) -> None:
+    """The second stage.  Its result is the average of the network's weights."""
     ema = runtime.Ema(model.flow, recipe["ema"])
-
-    def after_step() -> None:
-        ema.update()
-        watch(ema)
-
-    descend(model, "flow", model.flow, model.flow_loss, recipe, after_step)
+    descend(model, "flow", model.flow, model.flow_loss, recipe, ema.update)
     model.flow = ema.model
 
 
@@ -381,8 +376,6 @@ def draw(arms: list[dict], title: str, path: Path) -> None:
                    xlim=(-half, half), ylim=(-half, half), box_aspect=1)
         for mean, std in zip(points["mean"][:40], points["std"][:40]):
             ax.add_patch(Ellipse(mean, *(2 * std), fill=False))
-        ax.plot([0.9 * reach - 5, 0.9 * reach], [-0.9 * reach] * 2, "k", lw=3)
-        ax.text(0.9 * reach, -0.8 * reach, "5 units", ha="right", backgroundcolor="w")
     runtime.save_figure(figure, path, dpi=72)
 
 
@@ -481,7 +474,8 @@ def main(argv: list[str] | None = None) -> dict:
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             print(f"    {key:24}{statistics.mean(values):.4g}{spread}")
     runtime.write_json(path, {
-        **runtime.provenance(rt.device), "training_seconds": sum(result["seconds"] for result in results),
+        **runtime.provenance(rt.device),
+        "training_seconds": sum(result["seconds"] for result in results),
         "recipe": recipe, "seeds": args.seeds, "arms": numbers})
     kl, good_kl, strong_kl, ve = results[:len(ARMS)]
     draw([kl, ve], "With a weak KL term the flow's error leaves the data.  With VE the "

@@ -112,7 +112,7 @@ def encode_images(name: str | None, shapes: int, cache: Path, precision: str,
     """The latents of the images `name`: those in `cache`, or new ones.
 
     origin, sha256: the content of the tokenizer's file, and its hash.
-    accept: take latents of image files that have got another date since.
+    accept: also take cached latents of files whose dates have changed.
     """
     if name is None:
         raise InputError("the tokenizer's file names no images: give --data")
@@ -175,7 +175,7 @@ def build(row: str, init: Path | None, latents: data.LatentSet) -> models.DiT:
 # ------------------------------------------------------------------------------
 # Muon (Jordan et al. 2024) takes the matrices of attention and MLP.  With
 # "match_rms_adamw" its steps are as large as AdamW's, so that one rate fits both.
-# Modulations stay with AdamW: their gradients have few directions.
+# Modulations stay with AdamW, because their gradients have a low rank.
 
 
 class Learner:
@@ -204,16 +204,11 @@ class Learner:
 
     def resume(self, path: Path, config: dict, is_main: bool) -> int:
         """Go on from the checkpoint, if there is one.  Returns its step."""
-        if not path.exists():
-            return 0
-        state = checkpoints.read(path, "dit", resume=True)
-        runtime.check_same_command(state["config"], config, FREE, path)
-        checkpoints.restore(state, path, model=self.dit, ema=self.ema.model,
-                            optimizers=self.optimizers)
-        if is_main:   # the sums are those of all processes
-            checkpoints.restore(state, path, errors_by_t=self.bins.sums)
-        self.ema.updates = state["ema_updates"]
-        return state["step"]
+        state = checkpoints.resume(path, "dit", config, FREE, model=self.dit, ema=self.ema.model,
+                                   optimizers=self.optimizers, errors_by_t=self.bins.sums)
+        self.bins.sums *= is_main   # those of the file are of all processes
+        self.ema.updates = state.get("ema_updates", 0)
+        return state.get("step", 0)
 
 
 @torch.no_grad()
@@ -241,25 +236,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
-    parts = args.accumulate or 1
-    if args.batch % (rt.world * parts):
-        raise InputError(f"--batch {args.batch} must be a multiple of {rt.world} "
-                         f"process(es) x --accumulate {parts}")
+    runtime.check_batch(args.batch, rt, args.accumulate)
 
     # What is learned: the latents of a frozen tokenizer.
     tokenizer, origin = checkpoints.load_tokenizer(args.tokenizer)
     tokenizer.to(rt.device).requires_grad_(False)
     sha256 = runtime.file_sha256(args.tokenizer)
     if args.latents:
-        latents = data.open_lightningdit_latents(args.latents)
+        latents = data.open_lightningdit_latents(args.latents, tokenizer.channels)
     else:
         args.data = args.data or origin.get("config", {}).get("data")
         latents = encode_images(args.data, args.shapes, args.cache, args.precision,
                                 tokenizer, origin, sha256, args.workers,
                                 args.accept_data, rt)
-    if latents.shape[0] != tokenizer.channels:
-        raise InputError(f"{args.latents} has {latents.shape[0]} channels, but "
-                         f"{args.tokenizer} has {tokenizer.channels}")
     mean, std = latents.statistics(args.latent)
     if args.epochs:
         args.steps = runtime.steps_of(args.epochs, len(latents), args.batch)
@@ -343,10 +332,8 @@ def main(argv: list[str] | None = None) -> None:
                     "optimizers": [o.state_dict() for o in learner.optimizers],
                     "errors_by_t": errors_by_t,
                     "tokenizer": {"path": str(args.tokenizer), "sha256": sha256},
-                    "classes": latents.classes,
-                    "latent_shape": [*latents.shape],
-                    "latent_mean": mean,
-                    "latent_std": std,
+                    "classes": latents.classes, "latent_shape": [*latents.shape],
+                    "latent_mean": mean, "latent_std": std,
                 }, checkpoint)
             runtime.barrier()
         if stop:

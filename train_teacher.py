@@ -26,8 +26,8 @@ from torch import Tensor, nn
 import checkpoints
 import data
 import frozen
-import losses
 import neighbours
+import objectives
 from runtime import InputError
 
 # ------------------------------------------------------------------------------
@@ -77,8 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
-    if args.batch % rt.world:
-        raise InputError(f"--batch {args.batch} does not divide over {rt.world} processes")
+    runtime.check_batch(args.batch, rt, None)
     train, val = (data.open_dataset(args.data, args.size, part, args.seed)
                   for part in ("train", "val"))
     rt.print(data.summary(train))
@@ -103,13 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     learned = rt.wrap(teacher.to(rt.device))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=args.lr, betas=(0.9, 0.98),
                                   weight_decay=0.05, fused=True)
-    checkpoint, done = args.out / "checkpoint.pt", 0
+    checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
-    if checkpoint.exists():
-        state = checkpoints.read(checkpoint, "teacher", resume=True)
-        runtime.check_same_command(state["config"], config, FREE, checkpoint)
-        checkpoints.restore(state, checkpoint, model=teacher, optimizer=optimizer)
-        done = state["step"]
+    done = checkpoints.resume(checkpoint, "teacher", config, FREE, model=teacher,
+                              optimizer=optimizer).get("step", 0)
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)
 
     finite = runtime.FiniteCheck(rt.device)
@@ -121,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         f = features(batch["x"])
         with rt.autocast(args.precision):
             f_hat = learned(f)
-        loss = losses.cosine_distance(f_hat.float(), f)
+        loss = objectives.cosine_distance(f_hat.float(), f)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         lr = runtime.learning_rate(step, args.steps, args.lr, args.warmup, cosine=True)
@@ -156,7 +152,7 @@ def held_out(teacher: neighbours.SemanticTeacher, features: Any, val: data.Datas
     total, count, device = 0.0, 0, teacher.position.device
     for part in data.once(val, 32, limit=256, device=device):
         f = features(part["x"])
-        total += losses.cosine_distance(teacher(f), f).item() * len(f)
+        total += objectives.cosine_distance(teacher(f), f).item() * len(f)
         count += len(f)
     return total / count
 

@@ -4,20 +4,11 @@
     one GPU     python train_tokenizer.py --preset vavae-f16d32 --data DIR
     eight GPUs  torchrun --nproc_per_node=8 train_tokenizer.py --preset vavae-f16d32 --data DIR
 
---loss names the objective.  L_rec is the absolute error plus LPIPS.  Every term
-is summed over C, H, W and averaged over the batch.
-
-    ve                  L_rec + lambda1 / (sigma^2 + delta)
-                              + lambda2 exp(|z| - tau)           Eqs. 9-11
-    kl                  L_rec + beta KL                          Eq. 1
-    sigma               L_rec + w mean^2, the noise is given     sigma-VAE, GAE
-    none                L_rec, there is no noise
-    log-entropy         as ve, with -lambda1 log sigma^2         Analyze 2
-    negative-variance   as ve, with -lambda1 sigma^2             Analyze 2
-
-Where the decoder is a diffusion model (DGAE), L_rec is the squared error of its
-velocity plus LPIPS.  --target-noise finds lambda1 while it trains, and --regularizer
-adds what other papers do to make the latent easier to diffuse; see objectives.py.
+--loss names the objective: "ve" is Eq. 11, "kl" is Eq. 1, "sigma" has the given
+noise of sigma-VAE and GAE, "none" has no noise, and the last two are the forms of
+Eq. 9 that Analyze 2 rejects.  Their formulas stand in the loop of `main`.
+--target-noise finds lambda1 while it trains, and --regularizer adds what other papers
+do to make the latent easier to diffuse; see objectives.py.
 
 --out receives checkpoint.pt, log.jsonl and images/.  After a crash the same
 command goes on from the checkpoint, and on a CPU it ends with the same bits.
@@ -35,10 +26,8 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
-import flow
 import metrics
 import models
-import neighbours
 import objectives
 from losses import (exponential_magnitude, inverse_variance, kl_divergence, log_entropy,
                     negative_variance, square_magnitude)
@@ -51,17 +40,14 @@ from runtime import InputError, Runtime
 # lambda1 expects.  The paper trains at 2.5e-5 with batches of 64 and "mainly" follows
 # the third stage of VA-VAE.  The discriminator starts at batch 2,501: VA-VAE's 5,001
 # counts the steps of two optimisers.
-#
-# GAE's paper gives the settings of its rows, but not the discriminator's rate.  Its
-# losses are means where ours are sums; AdamW does not see the factor between them.
-# DGAE does not print its weights: those of LPIPS and KL here are DiTo's and LDM's.
+# RESULTS.md has what the papers of GAE and DGAE leave open.
 
 ALL = dict(
     perceptual_weight=0.0, disc_weight=0.0, align_weight=0.0, semantic_weight=0.0, ve_warmup=0,
     # These have no flags: AdamW's betas, as in LDM and VA-VAE, and its weight decay,
-    # of which the paper states none; the steps in which the rate rises, the share of
-    # the steps in which it falls to 0 at the end, or whether it falls as a cosine;
-    # the steps between lines of the log, and the number of held-out images.
+    # of which the paper states none; the steps of warm-up; the share of the steps over
+    # which the rate falls to 0 at the end, or whether it falls as a cosine; the steps
+    # between lines of the log; and the number of held-out images.
     betas=[0.5, 0.9], weight_decay=0.0, warmup=100, cooldown=0.0, cosine=False,
     log_every=50, val_images=256)
 PAPER = ALL | dict(lambda1=0.1, size=256, batch=64, lr=2.5e-5, save_every=5000,
@@ -100,7 +86,7 @@ PRESETS = {
 }
 SMOKE = dict(steps=4, batch=4, log_every=1, save_every=2, val_images=8,
              workers=0, out=Path("runs/smoke/tokenizer"))
-# A run may go on with other values of these.
+# A run may be resumed with other values of these.
 FREE = {"steps", "epochs", "save_every", "log_every", "workers", "device", "out", "smoke",
         "compile", "recompute", "accumulate"}
 LOSSES = "ve", "kl", "sigma", "none", "log-entropy", "negative-variance"
@@ -177,7 +163,7 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
     from a sample, and the latent's three principal components as colours.  Where sigma
     is learned, a fifth shows it on a logarithmic scale, and `noise_cost` is what the
     sample's noise adds to L_rec, over the L_var of Eq. 9.  At the equilibrium of
-    Eq. 14 it equals lambda1, but not for a diffusion decoder, whose L_rec is another.
+    Eq. 14 it equals lambda1, except for a diffusion decoder, which trains on another L_rec.
     """
     tokenizer.eval()
     rows, cost = [], 0.0
@@ -204,20 +190,12 @@ def validate(tokenizer: models.Tokenizer, images: Tensor, seed: int,
     rows["latent"] = nn.functional.interpolate(colours, images.shape[-2:])
     if tokenizer.learns_sigma:
         scores["noise_cost"] = cost / inverse_variance(logvar, delta).item()
-        low, high, shown = sigma_map(logvar[:12], images.shape[-2:])
+        low, high, shown = metrics.sigma_map(logvar[:12], images.shape[-2:])
         rows[f"sigma, from\n{low:.2g} (black)\nto {high:.2g}"] = shown
     data.save_rows(picture, {name: data.to_uint8(a[:12]).permute(0, 2, 3, 1)
                              for name, a in rows.items()})
     std, mean = torch.std_mean(z.transpose(0, 1).flatten(1), dim=1)
     return scores, {"latent_mean": mean, "latent_std": std}
-
-
-def sigma_map(logvar: Tensor, size: tuple[int, int]) -> tuple[float, float, Tensor]:
-    """The lowest and the highest sigma, and images [B, 3, *size] of its logarithm."""
-    a = nn.functional.interpolate(logvar.mean(1, keepdim=True), size=size) / 2
-    low, high = a.min(), a.max()
-    scaled = 2 * (a - low) / (high - low).clamp(min=1e-6) - 1
-    return low.exp().item(), high.exp().item(), scaled.expand(-1, 3, -1, -1)
 
 
 # ------------------------------------------------------------------------------
@@ -235,46 +213,9 @@ def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
     if args.size != size or args.size % stride:
         raise InputError(f"--model {args.model} cannot take --size {args.size}: it needs "
                          f"{size}, as a multiple of {stride}")
-    parts = args.accumulate or 1
-    if args.batch % (rt.world * parts):
-        raise InputError(f"--batch {args.batch} does not divide over {rt.world} "
-                         f"process(es) and --accumulate {parts}")
-    if args.disc_weight and args.size < 32:
-        raise InputError("the discriminator needs --size 32 or more, or --disc-weight 0")
-    if args.target_noise and not (args.loss == "ve" and args.lambda1):
-        raise InputError("--target-noise moves lambda1: it needs --loss ve, and a --lambda1 "
-                         "above 0 to begin with")
     if args.preset.endswith("finetune") and args.init is None:
         raise InputError(f"--preset {args.preset} needs a published --init")
     return tokenizer.to(rt.device, memory_format=torch.channels_last)
-
-
-def blocks_of(tokenizer: nn.Module) -> list[nn.Module]:
-    """What is compiled.  The last layers stay outside.
-
-    `balance` wants the gradient there alone, and a graph that holds them would
-    compute all of its gradients.
-    """
-    kinds = models.Level, models.VitBlock, neighbours.TimeBlock
-    return [module for module in tokenizer.modules() if isinstance(module, kinds)]
-
-
-def restore(parts: dict[str, Any], checkpoint: Path, init: Path | None,
-            settings: dict[str, Any]) -> int:
-    """Fill the parts from the run's checkpoint, else from `init`, if there is one.
-
-    The settings must be those of the checkpoint.  Returns the steps that are done.
-    """
-    if checkpoint.exists():
-        state = checkpoints.read(checkpoint, "tokenizer", resume=True)
-        runtime.check_same_command(state["config"], settings, FREE, checkpoint)
-        checkpoints.restore(state, checkpoint, **parts)
-        return state["step"]
-    if init:
-        found = checkpoints.read_tokenizer_parts(init)
-        for name in parts.keys() & found.keys():
-            checkpoints.load_strict(parts[name], found[name], init)
-    return 0
 
 
 # ------------------------------------------------------------------------------
@@ -302,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
+    runtime.check_batch(args.batch, rt, args.accumulate)
     train = data.open_dataset(args.data, args.size, "train", args.seed)
     rt.print(data.summary(train))
     if args.epochs:
@@ -312,66 +254,50 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer = build(args, rt)
     network = rt.wrap(tokenizer)
-    keeper = None
-    if args.target_noise:
-        keeper = objectives.NoiseTarget(args.target_noise, args.lambda1, args.steps).to(rt.device)
+    expansion = objectives.Lambda1(args, rt)
     reconstruction = objectives.Reconstruction(args.perceptual_weight, rt.device)
     others = objectives.others_of(args, tokenizer, rt)
     route = objectives.route_of(args, tokenizer, rt)
     parts, parameters = {"model": tokenizer}, list(tokenizer.parameters())
-    for other in [*others, route]:
+    for other in [*others, route, expansion]:
         parts |= other.parts
         parameters += other.parameters
-    if keeper:
-        parts["lambda1"] = keeper
     parts["optimizer"] = optimizer = objectives.adamw(parameters, args)
     args.accumulate, args.recompute = runtime.fit(
         rt, args.batch // rt.world, runtime.kept_of_image(args.model, args.size, args.precision),
         sum(p.numel() for p in parameters), args.accumulate, args.recompute)
     tokenizer.decoder.recompute = args.recompute
     judges = reconstruction.networks + [other.net for other in others if other.name == "adv"]
-    args.compile = rt.compile(args.compile, *blocks_of(tokenizer), *judges)
+    args.compile = rt.compile(args.compile, *objectives.blocks_of(tokenizer), *judges)
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
-    done = restore(parts, checkpoint, args.init, config)
+    done = checkpoints.resume(checkpoint, "tokenizer", config, FREE, **parts).get("step", 0)
+    if args.init and not done:
+        checkpoints.begin_from(args.init, parts)
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)
 
     finite = runtime.FiniteCheck(rt.device)
     networks = [network] + [other.network for other in [*others, route]]
-    batches = data.batches(
-        train,
-        args.batch,
-        args.seed,
-        start=done,
-        rank=rt.rank,
-        world=rt.world,
-        workers=args.workers,
-        device=rt.device,
-    )
+    batches = data.batches(train, args.batch, args.seed, start=done, rank=rt.rank,
+                           world=rt.world, workers=args.workers, device=rt.device)
     for step in runtime.steps("tokenizer", done, args.steps, rt):
         batch = next(batches)
         runtime.report_skipped(batch["skipped"])
         x = batch["x"].contiguous(memory_format=torch.channels_last)
-        # What the encoder sees, and what x_hat should be: x, but for some regularisers.
+        # The encoder's input and the decoder's target: x, unless a regulariser changes them.
         seen, target = route.begin(x, step)
         draws = noise(tokenizer, x, args.seed, step, rt)
-        lambda1 = keeper.lambda1 if keeper else args.lambda1
-        lambda1 = lambda1 * min(1, (step + 1) / max(1, args.ve_warmup))
-        moves = keeper and step >= args.ve_warmup
+        lambda1 = expansion.at(step)
 
         optimizer.zero_grad(set_to_none=True)
         rows = x, seen, target, *draws
         for x, seen, target, *draws in runtime.micro_batches(networks, args.accumulate, *rows):
             with rt.autocast(args.precision):
-                mean, logvar, z, x_hat, *v_hat = network(seen, *draws)
+                mean, logvar, z, x_hat, *velocities = network(seen, *draws)
 
-            # Eq. 11, or one of the objectives with which it is compared.
-            if tokenizer.diffuses:
-                rec = reconstruction(x_hat, x, *v_hat, flow.velocity(x, draws[2]))
-            else:
-                rec = reconstruction(x_hat, target)
-            # The same value and gradient; LPIPS is gone through here, once for all.
-            rec = objectives.at_image(rec, *v_hat or [x_hat])
+            # Eq. 11, or one of the objectives with which it is compared.  Only a diffusion
+            # decoder has velocities.
+            rec = reconstruction(x_hat, target, *velocities)
             if args.loss == "ve":
                 total = (rec + lambda1 * inverse_variance(logvar, args.delta)
                          + args.lambda2 * exponential_magnitude(z, args.tau))
@@ -386,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
                          + args.lambda2 * exponential_magnitude(z, args.tau))
             terms = {"rec": rec}
 
-            # What else draws at the tokenizer is balanced with L_rec.
+            # The other losses, each weighted against L_rec.
             for other in others:
                 if step >= other.start:
                     loss = other.loss(x, mean, z, target, x_hat)
@@ -394,29 +320,27 @@ def main(argv: list[str] | None = None) -> None:
                     total = total + weight * loss
                     terms |= {other.name: loss, f"{other.name}_weight": weight}
             (total / args.accumulate).backward()
-            if moves:
-                keeper.see(mean, logvar)
+            expansion.see(step, mean, logvar)
 
         lr = runtime.learning_rate(step, args.steps, args.lr, args.warmup,
                                    args.cooldown, args.cosine)
         optimizer.param_groups[0]["lr"] = lr
-        # The bound counts per pixel value, so that it fits images of every size.
+        # The bound is for each pixel value, so that one --clip serves all sizes.
         norm = nn.utils.clip_grad_norm_(parameters, args.clip * x[0].numel())
         optimizer.step()
         for other in others:
             if step >= other.start:
                 other.learn(lr)
         terms |= {"total": total, "grad_norm": norm / x[0].numel()}
-        if keeper:
+        if args.target_noise:
             terms["lambda1"] = lambda1
-        if moves:
-            keeper.step()
+            expansion.step()
         finite.add(step, terms)
 
         step += 1
         if step % args.log_every == 0 or step == args.steps:
             finite.flush()
-            log.write(   # of the last part of the batch, and the latent of rank 0 alone
+            log.write(   # losses of the batch's last part, and the latent of rank 0
                 step=step,
                 lr=lr,
                 **runtime.mean_over_ranks(terms),
@@ -435,12 +359,8 @@ def main(argv: list[str] | None = None) -> None:
                     scores["balance"] = scores["noise_cost"] / float(lambda1)   # 1: Eq. 14
                 log.write(step=step, held_out=scores)
                 state = {name: part.state_dict() for name, part in parts.items()}
-                state |= statistics | {
-                    "kind": "tokenizer",
-                    "config": config,
-                    "model_config": tokenizer.config,
-                    "step": step,
-                }
+                state |= statistics | {"kind": "tokenizer", "config": config, "step": step,
+                                       "model_config": tokenizer.config}
                 checkpoints.save(state, checkpoint)
             runtime.barrier()
         if stop:

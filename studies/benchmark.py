@@ -42,8 +42,8 @@ import frozen
 import losses
 import metrics
 import models
+from objectives import blocks_of
 from runtime import InputError, Runtime
-from train_tokenizer import blocks_of
 
 # ------------------------------------------------------------------------------
 # The rivals take turns.  A ratio is the median over rounds of the ratio within a

@@ -161,17 +161,17 @@ def tokenizer_step(args: argparse.Namespace, images: int) -> Step:
     eps = torch.zeros(images, net.channels, side, side)
     draws = [eps, eps[:, 0, 0, 0], *([x, eps[:, 0, 0, 0]] if net.diffuses else [])]
     with bf16():
-        mean, logvar, z, x_hat, *v_hat = net(x, *draws)
-    rec = losses.squared_error(*v_hat, x) if v_hat else losses.absolute_error(x_hat, x)
+        mean, logvar, z, x_hat, *pair = net(x, *draws)
+    rec = losses.squared_error(*pair) if pair else losses.absolute_error(x_hat, x)
     if args.perceptual_weight:
         rec = rec + losses.perceptual_error(lpips, x_hat, x)
-    rec = objectives.at_image(rec, *v_hat or [x_hat])
+    rec = objectives.at_image(rec, pair[0] if pair else x_hat)
     total = rec + losses.inverse_variance(logvar) + losses.exponential_magnitude(z)
     balanced = []
     if args.semantic_weight:
         with torch.no_grad(), bf16():
             target = narrow.encode(features(x))
-        total = total + losses.semantic_preservation(mean, target.float())
+        total = total + nn.functional.mse_loss(mean, target.float())
     if args.align_weight:
         with torch.no_grad(), bf16():
             features = teacher(x).float()

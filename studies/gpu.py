@@ -47,9 +47,9 @@ import sample
 import toy2d
 import train_dit
 import train_tokenizer
+from objectives import blocks_of
 from runtime import InputError, Runtime
 from studies import benchmark
-from train_tokenizer import blocks_of
 
 # ------------------------------------------------------------------------------
 # What is measured, on a card and with --smoke.
@@ -149,7 +149,7 @@ def loss_values(device: torch.device, dtype: torch.dtype) -> Tensor:
     values = [loss(a, b) for loss in (
         losses.absolute_error, losses.squared_error, losses.kl_divergence,
         losses.hinge_discriminator, losses.marginal_cosine, losses.marginal_distance_matrix,
-        losses.semantic_preservation, flow.flow_matching, flow.cosine_velocity)]
+        flow.flow_matching, flow.cosine_velocity)]
     values += [loss(c) for loss in (
         losses.inverse_variance, losses.exponential_magnitude, losses.log_entropy,
         losses.negative_variance, losses.square_magnitude, losses.hinge_generator)]

@@ -147,13 +147,15 @@ def train_and_look(model: toy2d.Model, width: int, recipe: dict, trainings: list
     """Copies of one flow's averaged network, after each of these multiples of its steps."""
     model.flow = model.mlp("flow", 3, *7 * [width], 2)
     steps = [max(1, round(recipe["flow_steps"] * share)) for share in trainings]
-    copies = {}
+    ema, copies = runtime.Ema(model.flow, recipe["ema"]), {}
 
-    def look(ema: runtime.Ema) -> None:
+    def look() -> None:
+        ema.update()
         if ema.updates in steps:
             copies[ema.updates] = copy.deepcopy(ema.model)
 
-    toy2d.train_flow(model, recipe | dict(flow_steps=steps[-1], cooldown=0.0), look)
+    recipe = recipe | dict(flow_steps=steps[-1], cooldown=0.0)
+    toy2d.descend(model, "flow", model.flow, model.flow_loss, recipe, look)
     return [copies[step] for step in steps]
 
 

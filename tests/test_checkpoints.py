@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import types
-import zipfile
 from pathlib import Path
 
 import numpy as np

@@ -1268,7 +1268,7 @@ def test_latents_of_lightningdit(tmp_path, dtype: torch.dtype):
     whole = {key: torch.cat([tensors[key] for tensors in shards]) for key in shards[0]}
     stored = {"mean": torch.randn(1, 2, 1, 1), "std": torch.rand(1, 2, 1, 1) + 0.1}
     torch.save(stored, tmp_path / "latents_stats.pt")
-    latents = data.open_lightningdit_latents(tmp_path)
+    latents = data.open_lightningdit_latents(tmp_path, 2)
     assert len(latents) == 13 and tuple(latents.shape) == (2, 3, 3)
     assert latents.classes == ["0", "1", "2", "3"]
     seen = []
@@ -1305,18 +1305,18 @@ WRONG = {
 def test_wrong_shards_end_in_one_line(tmp_path, name):
     write_shard(tmp_path / "latents_rank00_shard000.safetensors", shard(4, 1))
     write_shard(tmp_path / "latents_rank00_shard001.safetensors", WRONG[name])
-    assert "shard001" in one_line(data.open_lightningdit_latents, tmp_path)
+    assert "shard001" in one_line(data.open_lightningdit_latents, tmp_path, 2)
 
 
 def test_no_shards_and_other_statistics_end_in_one_line(tmp_path):
-    assert "no *.safetensors" in one_line(data.open_lightningdit_latents, tmp_path)
+    assert "no *.safetensors" in one_line(data.open_lightningdit_latents, tmp_path, 2)
     write_shard(tmp_path / "latents_rank00_shard000.safetensors", shard(4, 1))
-    assert "latents_stats.pt" in one_line(data.open_lightningdit_latents, tmp_path)
+    assert "latents_stats.pt" in one_line(data.open_lightningdit_latents, tmp_path, 2)
     two, three = torch.ones(1, 2, 1, 1), torch.ones(1, 3, 1, 1)
     for stored in ({"mean": three, "std": three}, {"mu": 0}, {"mean": 0.0, "std": 1.0},
                    {"mean": two, "std": two * float("nan")}):
         torch.save(stored, tmp_path / "latents_stats.pt")
-        assert "latents_stats.pt" in one_line(data.open_lightningdit_latents, tmp_path)
+        assert "latents_stats.pt" in one_line(data.open_lightningdit_latents, tmp_path, 2)
 
 
 def test_the_hash_of_lightningdit_latents_is_of_their_files(tmp_path):
@@ -1325,15 +1325,15 @@ def test_the_hash_of_lightningdit_latents_is_of_their_files(tmp_path):
     write_shard(names[1], shard(3, 2))
     stats = {"mean": torch.zeros(1, 2, 1, 1), "std": torch.ones(1, 2, 1, 1)}
     torch.save(stats, tmp_path / "latents_stats.pt")
-    hashes = [data.open_lightningdit_latents(tmp_path).sha256]
+    hashes = [data.open_lightningdit_latents(tmp_path, 2).sha256]
     shutil.copytree(tmp_path, tmp_path / "copy")   # with the times
-    assert data.open_lightningdit_latents(tmp_path / "copy").sha256 == hashes[0]
+    assert data.open_lightningdit_latents(tmp_path / "copy", 2).sha256 == hashes[0]
     changes = [lambda: os.utime(names[1], (1, 1)), lambda: write_shard(names[0], shard(5, 1)),
                lambda: names[1].rename(tmp_path / "other.safetensors"),
                lambda: os.utime(tmp_path / "latents_stats.pt", (1, 1))]
     for change in changes:
         change()
-        hashes.append(data.open_lightningdit_latents(tmp_path).sha256)
+        hashes.append(data.open_lightningdit_latents(tmp_path, 2).sha256)
     assert len({*hashes}) == 5 and len(hashes[0]) == 64
 
 

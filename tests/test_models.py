@@ -321,10 +321,11 @@ def test_a_decoded_image_does_not_depend_on_its_batch():
 def test_a_step_of_a_diffusion_decoder():
     net = tokenizer(SMALL_DGAE)
     x, noise, t = arr("x", 2, 3, 8, 8), arr("noise", 2, 3, 8, 8), torch.tensor([0.25, 0.5])
-    mean, _, z, x_hat, v_hat = net(x, arr("eps", 2, 4, 4, 4), torch.ones(2), noise, t)
+    mean, _, z, x_hat, v_hat, v = net(x, arr("eps", 2, 4, 4, 4), torch.ones(2), noise, t)
     x_t = torch.stack([0.75 * noise[0] + 0.25 * x[0], 0.5 * noise[1] + 0.5 * x[1]])
     assert_close(v_hat, net.decoder(x_t, t, net.post_quant_conv(z)))
     assert_close(x_hat, x_t + torch.tensor([0.75, 0.5]).view(2, 1, 1, 1) * v_hat)
+    assert torch.equal(v, x - noise)
 
 
 @torch.no_grad()
@@ -579,7 +580,7 @@ def test_every_trained_parameter_of_a_transformer_gets_a_gradient(config):
 
 def test_every_parameter_of_a_diffusion_decoder_gets_a_gradient():
     net, x = tokenizer(SMALL_DGAE).train(), arr("x", 2, 3, 8, 8)
-    *_, v_hat = net(x, arr("eps", 2, 4, 4, 4), torch.ones(2), arr("n", 2, 3, 8, 8), torch.rand(2))
+    *_, v_hat, _ = net(x, arr("eps", 2, 4, 4, 4), torch.ones(2), arr("n", 2, 3, 8, 8), torch.rand(2))
     v_hat.square().sum().backward()
     assert all(p.grad is not None for p in net.parameters())
 

@@ -15,7 +15,6 @@ import torch
 
 import checkpoints
 import data
-import flow
 import models
 import runtime
 import sample

@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import runtime  # before torch, because it says how idle threads wait
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F

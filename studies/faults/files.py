@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import random
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import checkpoints
 import runtime
 from studies import answers, experiments, plot
 from studies.faults.bench import (
-    DIT, EVALUATE, PROMPTLY, ROOT, SAMPLE, SMOKE, TOKENIZER, TOY, Bench, Broken, Case, Hostile,
+    DIT, EVALUATE, PROMPTLY, SAMPLE, SMOKE, TOKENIZER, TOY, Bench, Broken, Case, Hostile,
     Run, Work, contents, nobody_left, nothing_left, nothing_ran, same, watch_programs)
 from studies.faults.flags import all_finite
 from studies.faults.pictures import good_pictures
