@@ -369,6 +369,9 @@ CLAIMS = [
 
 
 def write_tables(arms: Arms, rows: list[dict[str, Any]], results: Path) -> None:
+    def number(value: float) -> str:
+        return f"{value:.2f}" if math.isfinite(value) else ""
+
     def span(pair: tuple[float, float]) -> str:
         return "[{:.2f}, {:.2f}]".format(*pair)
 
@@ -395,7 +398,7 @@ def write_tables(arms: Arms, rows: list[dict[str, Any]], results: Path) -> None:
         lines.append(
             f"| {row['property']} | {row['perspective']} | {row['r']:.2f} |"
             f" {span(row['interval'])} | {span(row['by families'])} | {row['spearman']:.2f} |"
-            f" {row['near']:.2f} | {row['given floor']:.2f} | {span(row['its interval'])} |"
+            f" {number(row['near'])} | {row['given floor']:.2f} | {span(row['its interval'])} |"
             f" {row['as expected']} |")
     lines += ["", "## The paper's claims", "",
               "| claim | property | r here | 95 % | r given floor | rank of the perspective |"
@@ -404,15 +407,14 @@ def write_tables(arms: Arms, rows: list[dict[str, Any]], results: Path) -> None:
     for claim, name in CLAIMS:
         found = "was not measured | | | | "
         if row := by_name.get(name):
-            rank = ranks.get(row["perspective"], "")
+            rank = ranks.get(row["perspective"])
             found = (f"{row['r']:.2f} | {span(row['interval'])} | {row['given floor']:.2f} |"
-                     f" {rank} of {len(ranks)} | {row['as expected']}")
+                     f" {f'{rank} of {len(ranks)}' if rank else ''} | {row['as expected']}")
         lines.append(f"| {claim} | {name} | {found} |")
     for one, other in (("VIV seen", "VIV"), ("VIV seen of samples", "VIV of samples")):
         if {one, other} <= arms.properties.keys():
             value, pair = advantage(arms, one, other)
-            lines += ["", f"|r| of {one} exceeds that of {other} by {value:.2f},"
-                      f" 95 % {span(pair)}."]
+            lines += ["", f"|r| of {one} less |r| of {other}: {value:.2f}, 95 % {span(pair)}."]
     alone, outside = explained([arms.floor], arms.fd, arms.families)
     lines += ["", "## Two properties together", "",
               "R² of a linear fit, and where each family is predicted from the others.  The pairs"
@@ -493,7 +495,8 @@ def draw_figures(arms: Arms, rows: list[dict[str, Any]], results: Path) -> int:
         (a, b), (inside, _) = found[0]
         figure, axis = plt.subplots(figsize=(6, 5), layout="constrained")
         x, y = arms.properties[a], arms.properties[b]
-        axis.scatter(x, y, s=600 * arms.fd / arms.fd.max(), c=colours, alpha=0.6)
+        size = (arms.fd - arms.fd.min()) / (arms.fd.max() - arms.fd.min())
+        axis.scatter(x, y, s=30 + 570 * size, c=colours, alpha=0.6)
         for name, u, v in zip(arms.names, x.tolist(), y.tolist()):
             axis.annotate(name, (u, v), fontsize=7)
         axis.set(xlabel=a, ylabel=b, title=f"size: FD of samples; R² = {inside:.2f}")
