@@ -241,11 +241,17 @@ def explained(columns: list[Tensor], y: Tensor, groups: list[str]) -> tuple[floa
 # Tables and figures, from the files of the arms.
 
 
+# A tokenizer that reconstructs badly samples badly, whatever its latent is like.  One of
+# whom the reconstructions are this much farther from images than another's does not count.
+COMPARABLE = 2.0
+
+
 @dataclass
 class Arms:
-    """The arms of seed 0 that have been run, and for each property its values, [n].
+    """The arms of seed 0 that reconstruct well enough, and the values of properties, [n].
 
     fd, floor   of the samples, and of real latents, decoded
+    left out    the arms whose rFD is more than COMPARABLE times the lowest, with it
     near        the arms whose latent has nearly no noise: KL 1e-6, none, and what is beside it
     lacking     properties that some arm has not, or that never vary
     repeats     the FD and the floor of arms that have been run with two seeds
@@ -256,6 +262,7 @@ class Arms:
     fd: Tensor
     floor: Tensor
     near: Tensor
+    left_out: dict[str, float]
     properties: dict[str, Tensor]
     lacking: list[str]
     repeats: dict[str, list[tuple[float, float]]]
@@ -263,7 +270,7 @@ class Arms:
 
 
 def read_arms(results: Path) -> Arms:
-    """Every finished arm.  A property that any of them lacks is left out."""
+    """The finished arms.  A property that any of them lacks is left out."""
     rows, repeats, made_by, scores = [], {}, set(), {}
     for path in sorted(results.glob("arms/*.json")):
         run = runtime.read_json(path)
@@ -281,13 +288,17 @@ def read_arms(results: Path) -> Arms:
             repeats.setdefault(run["arm"], []).append((fd, floor))
             if seed == 0:
                 rows.append((run["arm"], run["family"], fd, floor, near, values))
-            fine = is_number(fd) and is_number(floor)
+            fine = is_number(fd) and is_number(floor) and is_number(values["rFD"])
         except (KeyError, TypeError, AttributeError):
             fine = False
         if not fine:
             raise InputError(f"{path} is damaged or not of this study: remove it")
+    least = min((row[-1]["rFD"] for row in rows), default=0.0)
+    left_out = {row[0]: row[-1]["rFD"] for row in rows if row[-1]["rFD"] > COMPARABLE * least}
+    rows = [row for row in rows if row[0] not in left_out]
     if len(rows) < 4:
-        raise InputError(f"{results} has {len(rows)} finished arms, and correlations need 4")
+        raise InputError(f"{results} has {len(rows)} finished arms that reconstruct alike, and "
+                         "correlations need 4")
     if len(scores) > 1:
         raise InputError("{} and {} are of other sizes: move one of them away".format(
             *scores.values()))
@@ -297,7 +308,7 @@ def read_arms(results: Path) -> Arms:
     table = {name: column for name, column in table.items() if column.std() > 0}
     lacking = [name for name in found[0] if name not in table]
     return Arms(names, families, torch.tensor(distances), torch.tensor(floors),
-                torch.tensor(near), table, lacking,
+                torch.tensor(near), left_out, table, lacking,
                 {name: pairs for name, pairs in repeats.items() if len(pairs) > 1},
                 [*scores, *sorted(made_by)])
 
@@ -386,6 +397,9 @@ def write_tables(arms: Arms, rows: list[dict[str, Any]], results: Path) -> None:
              f"If no property had to do with FD, the largest |r| of these {len(rows)} would exceed"
              f" {least:.2f} in 5 % of the cases.  FD and floor correlate by"
              f" {pearson(arms.fd, arms.floor):.2f}.", "",
+             f"Left out, because their rFD is more than {COMPARABLE:g} times the lowest: "
+             + (", ".join(f"{name} ({r:.0f})" for name, r in arms.left_out.items()) or "none")
+             + ".", "",
              *(f"{name} with {len(pairs)} seeds: FD "
                f"{' and '.join(f'{fd:.1f}' for fd, _ in pairs)}, floor "
                f"{' and '.join(f'{floor:.1f}' for _, floor in pairs)}."

@@ -454,7 +454,7 @@ def test_an_arm_runs_end_to_end_and_only_once(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split()[-1] == "done"
     with pytest.raises(SystemExit):
         study("--draw")
-    assert "has 1 finished arms, and correlations need 4" in capsys.readouterr().err
+    assert "has 1 finished arms that reconstruct alike" in capsys.readouterr().err
 
 
 def columns(n=12):
@@ -533,10 +533,15 @@ def test_tables_and_figures_are_drawn_from_the_files_of_arms(tmp_path, capsys):
         runtime.write_json(tmp_path / f"arms/{k}.json", run)
     again = run | {"arm": "VE 0", "seed": 1, "numbers": {"fd": 111.0}}
     runtime.write_json(tmp_path / "arms/again.json", again)
+    blurred = {name: row | {"value": 100.0 if name == "rFD" else row["value"]}
+               for name, row in rows.items()}
+    runtime.write_json(tmp_path / "arms/blurred.json", run | {
+        "arm": "EQ kl", "family": "EQ", "page": {"properties": blurred}})
     diffusability_study.main(["--draw", "--results", str(tmp_path)])
     text = (tmp_path / "correlations.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("| VIV |")]
     assert "| velocity | 1.00 | [1.00, 1.00] |" in lines[0] and lines[0].endswith("| yes |")
+    assert "more than 2 times the lowest: EQ kl (100)." in text
     assert "over 12 tokenizers" in text and "r without noise is that of the 8 tokenizers" in text
     assert f"VE 0 with 2 seeds: FD {100 + 10 * x[0].item():.1f} and 111.0, floor" in text
     assert "| equivariance is the weakest | rotation error | was not measured" in text
