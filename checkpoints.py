@@ -54,9 +54,9 @@ class Ignored:
         pass
 
 def unpickle(path: Path) -> Any:
-    """What torch.save has written.  PyTorch itself does not look at the checksums.
+    """What torch.save has written, with the checksums compared, which PyTorch does not do.
 
-    Lightning's files hold their callbacks too, and SiT's hold a command line.
+    Lightning's callbacks and SiT's command line become Ignored.
     """
     names = []
     with open(path, "rb") as file:
@@ -74,8 +74,8 @@ def unpickle(path: Path) -> Any:
 def read(path: str | Path, kind: str | None = None, resume: bool = False) -> dict:
     """The dict in a file of torch.save or safetensors, on the CPU.
 
-    With a kind, "tokenizer", "dit" or "teacher", the file is ours of this kind, or
-    a published tokenizer or DiT, of which our entries are made.
+    With a kind, "tokenizer", "dit" or "teacher", the file must be of this kind.
+    A published tokenizer or DiT gets the entries of ours.
     resume: it must be ours, with all that a training needs to go on.
     """
     if kind and not Path(path).exists():
@@ -364,7 +364,7 @@ def begin_from(path: Path, parts: dict[str, Any]) -> None:
         load_strict(parts[name], found[name], path)
 
 def from_ldm(file: dict, path: Path) -> dict:
-    """The config follows from the tensors."""
+    """Entries of ours, with a config that is read off the tensors."""
     state = tensors(file.get("state_dict", file))
     first = "first_stage_model."
     state = {k.removeprefix(first): v for k, v in state.items() if k.startswith(first)} or state
@@ -443,7 +443,7 @@ def widths(config: dict) -> set[int]:
     return {config["ch"] * m for m in (1, *config["ch_mult"])}
 
 def norm_groups(config: dict) -> set[int]:
-    """The numbers of groups in the norms.  Published classes know only one number."""
+    """The numbers of groups in the norms.  A published network has one number for all its norms."""
     return {models.group_norm(w).num_groups for w in widths(config)}
 
 def rename(name: str, pairs: list[tuple[str, str]], levels: int) -> str:
@@ -563,7 +563,7 @@ def check_pair(dit: Path, file: dict, tokenizer: Path, channels: int,
 def statistics(dit: Path, origin: dict, tokenizer: dict, stats: Path | None) -> list[Tensor]:
     """Mean and std of the latents, [C] each: those of `stats`, or of the DiT's file.
 
-    A published tokenizer's file may have them too.  origin and tokenizer are contents.
+    A published tokenizer's file may have them too.  origin, tokenizer: what their files hold.
     """
     known = read(stats) if stats else (tokenizer if "kind" not in tokenizer else {}) | origin
     names = ("mean", "std") if stats else ("latent_mean", "latent_std")
@@ -575,7 +575,7 @@ def statistics(dit: Path, origin: dict, tokenizer: dict, stats: Path | None) -> 
     return found
 
 def from_dit(file: dict, path: Path) -> dict:
-    """The config follows from the tensors.
+    """Entries of ours, with a config that is read off the tensors.
 
     The number of heads is seen in rotary tables; else the row of models.DITS tells.
     """

@@ -101,16 +101,16 @@ def save_samples(path: Path, parts: list[Path], shape: tuple[int, ...], labels: 
 # each index, or None for a file that is no image.  A place (across, down) in
 # [0, 1) is where the crop lies.
 
-CENTRE = (0.499999, 0.499999)   # puts r // 2 of a margin of r pixels before the crop
+CENTRE = (0.499999, 0.499999)   # int(CENTRE * (r + 1)) is r // 2
 # Pillow goes by the content of a file, and would run Ghostscript on an EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-PIXELS, ASPECT = 64_000_000, 50   # the most of an image, and of its long side / short
+PIXELS, ASPECT = 64_000_000, 50   # at most: pixels, and long side / short side
 
 
 @contextmanager
 def picture(path):
-    """A file of which only the header is read yet.  What is no image raises anything.
+    """An image whose header alone has been read.  Other files raise any exception.
 
     Every image file is opened here.  Pillow's warnings about it are not shown.
     """
@@ -288,10 +288,9 @@ def open_dataset(name: str, size: int, split: str, seed: int = 0,
     """The images `name` at size x size pixels; split is "train" or "val".
 
     name: "shapes", which `seed` varies; "cifar10", kept in `root`; or a folder.
-    This has JPEG, PNG, WebP, BMP, GIF or TIFF images in one folder per class, or
-    they lie in it and are one class.  Or it has train/ and one of HELD_OUT, which
-    are like that.  If those of train/ have classes, but those that are held out
-    lie in one folder, as ImageNet's do, then the labels of these are -1.
+    A folder has a folder of JPEG, PNG, WebP, BMP, GIF or TIFF images for each class, or
+    images, which are one class.  Or it has train/ and one of HELD_OUT, each of them like
+    that.  If train/ has classes and val/ is flat, as in ImageNet, the labels of val/ are -1.
     Without one of HELD_OUT the split val is the same as train, as stderr then says.
     """
     if name == "shapes":
@@ -475,7 +474,7 @@ def training_plan(n, batch, seed, start, rank, world):
 
 
 class Reader:
-    """Makes a batch of bytes from an entry of a plan, as a worker does it.
+    """Reads the images that an entry of a plan names.
 
     whole: images of the batch take the places of those that cannot be read.
     """
@@ -504,10 +503,10 @@ class Reader:
 
 
 def load(reader, plan, workers, device, x=True):
-    """Read in other processes, if there are any; what travels is bytes."""
+    """Yield the batches of a plan, read by `workers` processes."""
     parts = map(reader.__getitem__, plan)
     if workers > 0:
-        # Without a generator of its own it would draw a number from the global one.
+        # Without this generator it would draw from the global one.
         parts = iter(torch.utils.data.DataLoader(
             reader, batch_size=None, sampler=plan, num_workers=workers,
             pin_memory=torch.device(device).type == "cuda",
@@ -628,7 +627,7 @@ CHUNK, KEPT = 1024, 4   # images in a file, and caches in a folder
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A hash of what the images are, wherever they lie, and behind "-" one of their times.
+    """A hash of the images, wherever they lie, and after "-" one of their files' times.
 
     It takes the content of an array, but opens no file of a folder: of these it
     takes the names and the sizes, and the times of modification.

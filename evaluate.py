@@ -8,11 +8,10 @@
 
 A tokenizer gets PSNR, SSIM, LPIPS and rFID of held-out images, and its noise
 curve: the same with noise added to the latent.  Samples get the metrics of the
-ADM evaluator.  On other features than its Inception, FID is FD-<features>.
+ADM evaluator.  With other features than Inception's, FID is called FD-<features>.
 
-Distances of few images are too large.  So the scores of as many real images,
-held out from training, stand beside those of samples.  The folder --out
-receives results.json and noise_curve.png.
+A distance from few images is too large.  So as many held-out real images are scored
+beside the samples.  The folder --out receives results.json and noise_curve.png.
 """
 
 import hashlib
@@ -151,7 +150,7 @@ def cached(images, net, read, folder):
     count = read.count(images)
     key = repr((data.fingerprint(images), count, net.name, net.weights)).encode()
     path = folder / f"{hashlib.sha256(key).hexdigest()[:24]}.pt"
-    if ":" not in net.name:   # one's own may have changed
+    if ":" not in net.name:   # the user's function may have changed
         with suppress(InputError):   # there is none, or it is damaged
             found = checkpoints.read(path)
             if {"gaussians", "rows", "labels"} <= {*found}:
@@ -225,7 +224,7 @@ def write_reference(path, source, size, choice, read):
 
 @torch.no_grad()
 def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe, read):
-    """The row of a tokenizer.  The images themselves would have an rFID of 0."""
+    """The scores of a tokenizer.  Real images would have an rFID of 0."""
     device = read.rt.device
     tokenizer, file = checkpoints.load_tokenizer(path, steps)
     source, size, held_out = checkpoints.images_of(path, file, source, size)
@@ -284,7 +283,7 @@ def probe_latents(tokenizer, train, val, count, read):
     (z, y), (test, test_y) = sets
     scores = {}
     for name, rows in (("flat", lambda a: a.flatten(1)), ("averaged", lambda a: a.mean((2, 3)))):
-        few = min(2048, max(32, len(z) // 50))   # GAE's batch suits a million images
+        few = min(2048, max(32, len(z) // 50))   # GAE's 2048 is for a million images
         with torch.enable_grad():
             scores[f"linear probe, {name}"] = metrics.linear_probe(
                 rows(z), y, rows(test), test_y, batch=few)

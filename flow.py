@@ -20,8 +20,8 @@ from torch import Tensor
 
 # ------------------------------------------------------------------------------
 # The transformer learns latents of zero mean and unit deviation in every
-# channel.  Whoever trains or samples must remember both directions: forgetting
-# one of them is the most common failure with VA-VAE's latents.
+# channel.  Training normalises, and sampling must undo it.  Forgetting one of the two
+# is the most common failure with VA-VAE's latents.
 
 
 def normalize(z: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class FidInception(torchvision.models.Inception3):
         for name in "5b 5c 5d 6b 6c 6d 6e 7b".split():
             convolution = getattr(self, f"Mixed_{name}").branch_pool
             convolution.register_forward_pre_hook(without_padding)
-        last = self.Mixed_7c   # takes the largest of its inputs, no average
+        last = self.Mixed_7c   # pools by the maximum, not the average
         last.register_forward_pre_hook(
             lambda _, inputs: setattr(last, "inputs", inputs[0]))
         last.branch_pool.register_forward_pre_hook(
@@ -64,7 +64,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def without_padding(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Averages of 3 x 3 pixels that count the padding, to ones that do not."""
+    """Turn 3 x 3 averages that count the padding into ones that do not."""
     inside = F.avg_pool2d(torch.ones_like(inputs[0][:1, :1]), 3, 1, 1)
     return inputs[0] / inside
 

@@ -169,8 +169,8 @@ def euclidean_error(x_hat: Tensor, x: Tensor) -> Tensor:
 def perceptual_error(lpips: nn.Module, x_hat: Tensor, x: Tensor) -> Tensor:
     """LPIPS (Zhang et al. 2018) times the number C * H * W of pixel values.
 
-    LDM adds the LPIPS of an image to each of its pixel errors before it sums
-    them.  This is the same, and makes weight 1 an equal footing.
+    LDM adds an image's LPIPS to each of its pixel errors and then sums, which is
+    the same.
 
     lpips: from frozen.load_lpips.  Images are [B, 3, H, W] in [-1, 1].
     """

@@ -19,8 +19,8 @@ its published strength, together with any --loss:
     mae    MaskedImage           MAETok, DeTok: a ViT sees a part of the patches
     repa   RepresentationMatch   REPA: an MLP of the latent finds a teacher's features
 
-What adds a loss has `loss`, and `balance` finds its weight.  What changes the way
-from x to x_hat is a Route.  Held-out images know nothing of either.
+Those that add a loss have a method `loss`, and `balance` finds its weight.  Those that
+change the way from x to x_hat are a Route.  Held-out images meet neither.
 """
 
 import argparse
@@ -356,10 +356,10 @@ def adamw(parameters: Iterable[Tensor], args: argparse.Namespace) -> torch.optim
 
 
 def at_image(loss: Tensor, x_hat: Tensor) -> Tensor:
-    """The same value, and the same gradient at x_hat, without what lies between them.
+    """A loss of this value and this gradient at x_hat, whose graph ends there.
 
-    A loss is balanced by a gradient that is taken before the total's.  So LPIPS and the
-    discriminator are differentiated once for both, and their activations are freed.
+    `balance` takes a gradient, and the total's follows.  With this, LPIPS and the
+    discriminator are differentiated once, and their activations are freed.
     """
     pull, = torch.autograd.grad(loss, x_hat)
     return loss.detach() + (pull * (x_hat - x_hat.detach())).sum()
@@ -368,8 +368,8 @@ def at_image(loss: Tensor, x_hat: Tensor) -> Tensor:
 def balance(rec: Tensor, loss: Tensor, other: Any, values: int) -> Tensor:
     """The weight at which `loss` pulls as hard as L_rec, times its own weight.
 
-    Both pulls are gradients at one layer, averaged over the processes.  Neither
-    KL nor VE is part of the reference.  A constant weight is meant for a
+    Both pulls are gradients at one layer, averaged over the processes.  L_rec is
+    taken without KL or VE.  A constant weight is meant for a
     mean over pixel values.  L_rec is a sum over `values` of them, and so the weight is
     multiplied by their number.
     """

@@ -35,18 +35,18 @@ try:
 except ImportError:   # on Windows, where nothing is locked
     fcntl = None   # type: ignore[assignment]
 
-# While a stage imports, Ctrl-C has no traceback to show.  `command` takes over.
-HERE = Path(__file__).parent
-if Path(getattr(sys.modules["__main__"], "__file__", None) or "-").parent in (HERE, HERE / "studies"):
+# Ctrl-C during the imports ends a stage in silence.  Later, `command` handles it.
+HERE, STARTED = Path(__file__).parent, getattr(sys.modules["__main__"], "__file__", None)
+if Path(STARTED or "-").parent in (HERE, HERE / "studies"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_with_parent() -> None:
-    """Without torchrun's agent its processes stop, and do not train on as orphans."""
+    """End this process when its parent has ended, so that it does not train on alone."""
     known, parent = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
-        # One that had ended before is only missed by multiprocessing.
+        # Only multiprocessing notices a parent that had ended before.
         while os.getppid() == parent and (known is None or known.is_alive()):
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -54,7 +54,7 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-if "--multiprocessing-fork" in sys.orig_argv:   # a helper, which may lose it while it imports
+if "--multiprocessing-fork" in sys.orig_argv:   # a helper, whose parent may end while it imports
     end_with_parent()
 
 # OpenMP's idle threads spin.  Where two processes share the cores, that made a
@@ -115,7 +115,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 def in_one_line(error: Exception) -> tuple[str, int]:
     """What is said of an error from outside, and the exit status.  Others are bugs."""
     memory = "error: out of memory: a smaller --batch needs less"
-    if signals.raised:   # a library has made an error of its own of Stopped
+    if signals.raised:   # a library has turned Stopped into an error of its own
         return STOPPED, 128 + signals.received
     if isinstance(error, InputError):
         return f"error: {error}", 2
@@ -196,15 +196,15 @@ def stop_asked() -> bool:
     number = torch.tensor(signals.received)
     if dist.is_initialized():
         dist.all_reduce(number, dist.ReduceOp.MAX)
-    if int(number) and not signals.received:   # our own will come, and is the same one
+    if int(number) and not signals.received:   # this process will get the same one in a moment
         signals.when = time.monotonic()
-    # One that came in the meantime is kept for the next step.
+    # A signal that came during all_reduce counts in the next step.
     signals.received = int(number) or signals.received
     return int(number) > 0
 
 
 def helper(*_: Any) -> None:
-    """Begins a process that helps another: signals are for that one, which ends it."""
+    """First call of a helper: signals are for its parent, and it ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setsid"):   # a group of its own
         os.setsid()
@@ -214,8 +214,8 @@ def helper(*_: Any) -> None:
 def in_processes(count: int, action: Callable[[Any], Any], jobs: list) -> Iterator[Any]:
     """Yield action(job) for every job as it is done, by `count` processes.
 
-    They end with this one, however it ends.  They inherit that Ctrl-C is blocked,
-    which would otherwise interrupt their imports.
+    They end with this one, however it ends.  Ctrl-C is blocked while they
+    start, or it would interrupt their imports.
     """
     context, masks = multiprocessing.get_context("spawn"), hasattr(signal, "pthread_sigmask")
     with ProcessPoolExecutor(count, context, helper) as pool:
@@ -329,7 +329,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_card_flags(parser: argparse._ActionsContainer) -> None:
-    """What a step takes of a card: these flags change its time and its memory."""
+    """These flags change the time and the memory of a step."""
     add, either = parser.add_argument, argparse.BooleanOptionalAction
     add("--accumulate", type=positive_int,
         help="parts of a step's batch; default: as few as fit a CUDA card, and 1 elsewhere")
@@ -403,8 +403,8 @@ class Runtime:
     def compile(self, chosen: bool | None, *modules: nn.Module) -> bool:
         """torch.compile the modules, if that is chosen, or left open on CUDA.
 
-        Blocks that differ only in their weights share one graph.  Modules of other
-        shapes that share their code would stop at eight graphs, and run as they are.
+        Blocks of one shape share one graph.  Of more than eight shapes, PyTorch's own
+        limit would leave the rest uncompiled.
         """
         if chosen is None:
             chosen = self.device.type == "cuda"
@@ -445,11 +445,11 @@ def start(device: str = "auto") -> Runtime:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True   # all steps have the same shapes
     if world > 1 and not dist.is_initialized():
-        # It takes the group that it finds for a default of its functions.  DDP imports
-        # it, and would so keep the group's threads alive until they abort the exit.
+        # DDP imports this.  Imported only then, it would keep the group, whose threads
+        # can abort the exit.
         from torch.distributed import nn as _  # noqa: F401
 
-        # The wait for the others is not Python's, and no handler of Python's would run.
+        # No handler of Python's runs while this waits for the others.
         with signals.unhandled():
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -650,7 +650,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        # A writer that dies with its file half closed would print a traceback.
+        # A file that cannot be closed would print a traceback beside our line.
         sys.unraisablehook = lambda _: None
         raise InputError(f"{path} cannot be written ({error.strerror or error}): mend that, "
                          "and give the same command again") from None
@@ -752,7 +752,7 @@ def unlock(path: Path, held: tuple[IO, bool]) -> None:
 def claim(runtime: "Runtime", folder: Path, *files: Path) -> None:
     """Take a folder for this run, before its work begins, or say who has it.
 
-    files: others that it will write, of which it is seen now whether it can.
+    files: others that it will write; whether it can is tested now.
     """
     def take() -> None:
         try:

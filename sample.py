@@ -169,9 +169,9 @@ def main(argv: list[str] | None = None) -> None:
                               generator=runtime.generator(args.seed, "sample labels"))
     labels = classes[order]
 
-    # What decides what the images are.
+    # What decides what the images are.  A file counts by its hash.
     settings = runtime.plain(args) | {"device": rt.device.type, "sha256": net.sha256}
-    others = "dit", "tokenizer", "latent_stats", "guide", "out", "compile"  # hashes stand for files
+    others = "dit", "tokenizer", "latent_stats", "guide", "out", "compile"
     decisive = {k: v for k, v in settings.items() if k not in others}
     decisive["sha256"] = [*net.sha256.values()]
     digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()

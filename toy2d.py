@@ -4,7 +4,7 @@ Figures 1 and 2 of "Taming Sampling Perturbations with Variance Expansion Loss f
 Latent Diffusion Models" (Li et al.), as its supplement C describes them.  With a
 weak KL term a tokenizer reconstructs a tree almost perfectly, and yet generates
 worse than with the Variance Expansion loss (VE).  A third figure, which is ours,
-shows why: with the exact flow in the place of the learned one KL is the better of the two.
+shows why: with the exact flow in place of the learned one, KL is the better of the two.
 
     python toy2d.py                      # 70 seconds on two cores
     python toy2d.py --seeds 0 1 2 3 4    # mean and deviation over five seeds
@@ -56,7 +56,7 @@ def fractal() -> Mixture:
         level, foot, angle, side = branches.pop()
         if level > 0:
             angle += side * 0.7 ** (level - 1) * (1 + 0.2 * draws.randn())
-        if level > 6:   # it was only drawn to keep the order of the draws
+        if level > 6:   # its angle was drawn only to keep their order
             continue
         length = 0.292 * 0.8 ** level * (1 + 0.2 * draws.randn())
         along = np.array([math.cos(angle), math.sin(angle)])
@@ -220,7 +220,7 @@ def batches(seed: int, stage: str, batch: int, steps: int, device: torch.device)
 
 def descend(model: Model, stage: str, network: nn.Module, loss, recipe: dict,
             after_step=lambda: None) -> None:
-    """Adam with AutoGuidance's learning rate, which may cool down at the end."""
+    """Adam with the learning rate of Karras et al., which may cool down at the end."""
     device, steps = model.centre.device, recipe[f"{stage}_steps"]
     data = batches(model.arm.seed, stage, recipe[f"{stage}_batch"], steps, device)
     cuda = device.type == "cuda"
@@ -258,18 +258,17 @@ def train_flow(model: Model, recipe: dict) -> None:
 
 
 # ------------------------------------------------------------------------------
-# The flow without a network.  The latents of M points are a mixture of Gaussians,
-# their posteriors, and with noise they still are one (Eq. 22).  So its score is
-# known (Eq. 23), and with it the velocity that Eq. 29 looks for.  Its samples show
-# the tokenizer and the Euler steps, without a network's error.
+# The flow without a network.  The latents of M points are a mixture of their M
+# posteriors, and with noise they still are a mixture of Gaussians (Eq. 22).  Its score
+# is known (Eq. 23), and so is the velocity that Eq. 29 looks for.  Its samples show the
+# tokenizer and the Euler steps, without a network's error.
 
 
 def exact_velocity(z_t: Tensor, t: float, mean: Tensor, std: Tensor) -> Tensor:
     """E[z - eps | z_t], the minimum of Eq. 29.  mean, std: [M, 2].  t is below 1.
 
-    Within one Gaussian, E[z | z_t] is linear in z_t = t z + (1 - t) eps.  The
-    Gaussians' shares in z_t weigh these lines.  float32 is enough for z_t while
-    the noise, 1 - t, is not small.
+    Within one Gaussian, E[z | z_t] is linear in z_t = t z + (1 - t) eps.  These lines
+    are averaged by each Gaussian's probability at z_t.
     """
     mean, variance = mean.double(), std.double().square()
     weight = torch.full_like(mean[:, 0], 1 / len(mean))
@@ -283,7 +282,7 @@ def exact_velocity(z_t: Tensor, t: float, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def flow_error(learned: Tensor, exact: Tensor) -> float:
-    """e, the error of a flow's samples against the exact flow's, [N, 2] both.
+    """e: how far a flow's samples are from the exact flow's, [N, 2] both.
 
     Both start from the same noise.  Errors that are normal, with deviation e along
     each axis, have the median length sqrt(2 log 2) e.  The few samples that arrive
@@ -295,8 +294,8 @@ def flow_error(learned: Tensor, exact: Tensor) -> float:
 
 # ------------------------------------------------------------------------------
 # Numbers.  A point is invalid where the true density is below the 0.1 % quantile
-# of real data.  Coverage is the share of the 1016 Gaussians that are the likeliest
-# origin of a valid sample.
+# of real data.  Coverage is the share of the 1016 Gaussians from which some
+# valid sample most likely came.
 
 
 @functools.cache
