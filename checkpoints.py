@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import re
-import typing
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 import models
-import neighbours
 from runtime import InputError
 
 # ------------------------------------------------------------------------------
@@ -158,7 +156,8 @@ def write_safetensors(state: dict[str, Tensor], path: Path) -> None:
             file.write(value.float().contiguous().numpy().tobytes())
 
 # ------------------------------------------------------------------------------
-# What our files hold.  To load a network, three entries are enough.
+# What our files hold.  To load a network, three entries are enough; a transformer's
+# file must have its average as well.
 
 NETWORK: dict[str, Any] = {"model_config": dict, "model": dict, "step": int}
 RUN = NETWORK | {"config": dict, "latent_mean": Tensor, "latent_std": Tensor}
@@ -166,38 +165,13 @@ ENTRIES: dict[str, dict] = {
     "tokenizer": RUN | {"optimizer": dict},
     "teacher": NETWORK | {"config": dict, "optimizer": dict},
     "dit": RUN | {"ema": dict, "ema_updates": int, "errors_by_t": Tensor, "optimizers": list,
-                  "tokenizer": dict, "classes": list, "latent_shape": (list, tuple)}}
-INSIDE: dict[str, dict] = {
-    "config": {"data": (str, type(None)), "size": int, "seed": int},
-    "tokenizer": {"path": str, "sha256": str}}
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value has a type.  No number is negative or infinite, and no bool is one."""
-    if kind in (int, float):
-        return type(value) in (int, kind) and 0 <= value < math.inf
-    return isinstance(value, typing.get_origin(kind) or kind)
+                  "tokenizer": dict, "classes": list}}
 
 def check(state: dict, path: Path, resume: bool) -> None:
-    """Raise InputError if entries are missing or of another type or size."""
-    entries = ENTRIES[state["kind"]]
-    wrong = [name for name, kind in entries.items()
-             if (name in state and not fits(state[name], kind))
-             or (name not in state and (resume or name in NETWORK or name == "ema"))]
-    if resume and state.get("config") == {}:   # it could be compared with nothing
-        wrong.append("config")
-    for name, row in INSIDE.items():
-        inside = state.get(name, {}) if name not in wrong else {}
-        wrong += [f"{name}: {key}" for key, kind in row.items()
-                  if key in inside and not fits(inside[key], kind)]
-    if not wrong:
-        config, classes = state["model_config"], state.get("classes", [])
-        size = config.get("z_channels", config.get("in_channels"))
-        wrong = [name for name in ("latent_mean", "latent_std") if name in state
-                 and not (state[name].shape == (size,) and finite(state[name]))]
-        if not all(isinstance(name, str) for name in classes):
-            wrong.append("classes")
-        if state["kind"] == "tokenizer" and "noise" not in config:
-            raise InputError(f"{path} is of an older version: train it again")
+    """Raise InputError if entries are missing or of another type."""
+    wrong = [name for name, kind in ENTRIES[state["kind"]].items()
+             if not isinstance(state.get(name), kind)
+             and (name in state or resume or name in (*NETWORK, "ema"))]
     if wrong:
         raise InputError(f"{path} is damaged or of an older version: {', '.join(wrong)} "
                          "missing or wrong; train it again")
@@ -214,69 +188,43 @@ def tensors(state: Any) -> dict[str, Tensor]:
             if isinstance(name, str) and torch.is_tensor(value)}
 
 def load_strict(module: nn.Module, state: Any, source: str | Path) -> None:
-    """Fill `module`, or say which tensors are missing, extra, misshapen or not finite.
-
-    A module on PyTorch's device "meta" has no numbers yet, and comes to the CPU.
-    """
-    found, wanted = tensors(state), module.state_dict()
-    faults = [f"no {name}" for name in wanted if name not in found]
-    faults += [f"unknown {name!r}" for name in found if name not in wanted]
-    for name in [name for name in wanted if name in found]:
-        a, b = found[name], wanted[name]
-        if a.shape != b.shape or a.is_floating_point() != b.is_floating_point():
-            faults.append(f"{name} is {list(a.shape)}, not {list(b.shape)}")
+    """Fill `module`, or say which tensors are missing, extra, misshapen or not finite."""
     try:
-        if not faults:
-            if any(value.is_meta for value in wanted.values()):
-                module.to_empty(device="cpu")
-            module.load_state_dict(found)
-            faults = [f"{name} has NaN or infinite numbers"
-                      for name, value in module.state_dict().items() if not finite(value)]
-    except RuntimeError as error:   # sparse tensors, or no memory
-        faults = [str(error).split("\n")[0]]
-    if faults:
-        more = f" and {len(faults) - 6} more" if len(faults) > 6 else ""
-        raise InputError(f"{source} does not fit: {', '.join(faults[:6])}{more}")
+        module.load_state_dict(tensors(state))
+    except RuntimeError as error:   # PyTorch lists all of them
+        faults = " ".join(str(error).split())[:400]
+        raise InputError(f"{source} does not fit: {faults}") from None
+    for name, value in module.state_dict().items():
+        if not finite(value):
+            raise InputError(f"{source} does not fit: {name} has NaN or infinite numbers")
 
 def build(make: Callable, config: dict, state: Any, path: str | Path) -> Any:
     """The network of a config with the tensors of `state`, in eval mode on the CPU."""
-    state = tensors(state)
     try:
-        networks: dict[Any, type] = {
-            models.build_dit: models.DiT, neighbours.build_teacher: neighbours.SemanticTeacher}
-        network: Any = networks.get(make) or models.architecture(config["arch"])
-        hints = typing.get_type_hints(network.__init__)
-        wrong = [name for name in config if name in hints and not fits(config[name], hints[name])]
-        blocks = sum(config.get(name, 0) for name in ("depth", "num_res_blocks", "unet_blocks"))
-        if wrong or blocks > len(state):
-            raise ValueError(f"{wrong or 'depth'} is wrong")
-        with torch.device("meta"):
-            module = make(config)
-    except Exception as error:
+        with torch.device("meta"):   # which spends no time on random weights
+            network = make(config)
+    except Exception as error:   # a config of another version
         reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(f"{path} has a model_config that makes no network: {reason}") from error
-    load_strict(module, state, path)
-    return module.eval()
+    network.to_empty(device="cpu")
+    load_strict(network, state, path)
+    return network.eval()
 
 def restore(state: dict, path: Path, **parts: Any) -> None:
     """Fill networks, optimisers and tensors with the checkpoint's entries of their names."""
     for name, part in parts.items():
-        saved: Any = state.get(name)
-        if isinstance(part, nn.Module):
-            load_strict(part, saved or {}, path)
-            continue
         try:
-            if torch.is_tensor(part):
-                if saved.shape != part.shape or not finite(saved):
-                    raise ValueError("other numbers")
-                part.copy_(saved)
-                continue
-            pairs = zip(part, saved, strict=True) if isinstance(part, list) else [(part, saved)]
-            for optimizer, one in pairs:
-                restore_optimizer(optimizer, one)
-        except Exception as error:   # PyTorch raises half a dozen types here
-            reason = str(error).split("\n")[0]
-            raise InputError(f"{path} cannot go on: its {name} does not fit ({reason}); "
+            if isinstance(part, nn.Module):
+                load_strict(part, state.get(name), path)
+            elif torch.is_tensor(part):
+                part.copy_(state[name])
+            elif isinstance(part, list):
+                for optimizer, saved in zip(part, state[name], strict=True):
+                    optimizer.load_state_dict(saved)
+            else:
+                part.load_state_dict(state[name])
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} cannot go on: its {name} does not fit; "
                              "choose another --out") from error
 
 def resume(path: Path, kind: str, settings: dict, free: set[str], **parts: Any) -> dict:
@@ -290,22 +238,6 @@ def resume(path: Path, kind: str, settings: dict, free: set[str], **parts: Any) 
     runtime.check_same_command(state["config"], settings, free, path)
     restore(state, path, **parts)
     return state
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """load_state_dict, which by itself compares neither options nor shapes."""
-    before = [dict(group) for group in optimizer.param_groups]
-    with warnings.catch_warnings(action="ignore"):
-        optimizer.load_state_dict(saved)
-    for old, group in zip(before, optimizer.param_groups):
-        if any(group[key] != old[key] for key in old.keys() & group.keys() - {"params", "lr"}):
-            raise ValueError("its options are others")
-    names = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else (
-        "exp_avg", "exp_avg_sq", "step")
-    for parameter, values in optimizer.state.items():
-        for name in names:
-            size = torch.Size() if name == "step" else parameter.shape
-            if values[name].shape != size or not finite(values[name]):
-                raise ValueError(f"{name} is wrong")
 
 # ------------------------------------------------------------------------------
 # Tokenizers.  A file of LDM or VA-VAE holds tensors, bare or as "state_dict".
