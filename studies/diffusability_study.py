@@ -438,13 +438,14 @@ def write_tables(arms: Arms, rows: list[dict[str, Any]], results: Path) -> None:
     for (a, b), (inside, outside) in pairs(arms, rows)[:12]:
         lines.append(f"| {a}, {b} | {inside:.2f} | {outside:.2f} |")
     lines += ["", "## The tokenizers", "",
-              "| tokenizer | FD | floor | flow loss | VIV | of samples | VIV seen |"
-              " of samples |", "|" + "---|" * 8]
+              "| tokenizer | FD | floor | FD - floor | flow loss | VIV | of samples | VIV seen |"
+              " of samples |", "|" + "---|" * 9]
     blank = torch.full((n,), math.nan)
     columns = [arms.properties.get(name, blank) for name in (
         "flow loss", "VIV", "VIV of samples", "VIV seen", "VIV seen of samples")]
     for k in arms.fd.argsort().tolist():
-        lines.append(f"| {arms.names[k]} | {arms.fd[k]:.1f} | {arms.floor[k]:.1f} | "
+        fd, floor = arms.fd[k], arms.floor[k]
+        lines.append(f"| {arms.names[k]} | {fd:.1f} | {floor:.1f} | {fd - floor:.1f} | "
                      + " | ".join(f"{column[k]:.4g}" for column in columns) + " |")
     with runtime.atomic(results / "correlations.md") as temporary:
         temporary.write_text("\n".join([*lines, "", *arms.made_by, ""]))
