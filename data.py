@@ -463,8 +463,6 @@ def in_batches(indices, batch):
 
 
 def training_plan(n, batch, seed, start, rank, world):
-    if batch % world:
-        raise InputError(f"--batch {batch} must be a multiple of {world} processes")
     order = functools.lru_cache(2)(lambda epoch: epoch_order(n, seed, epoch))
     for k in itertools.count(start):
         positions = np.arange(k * batch + rank, (k + 1) * batch, world)

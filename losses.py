@@ -235,4 +235,3 @@ def marginal_distance_matrix(z: Tensor, target: Tensor,
 
     difference = similarity(z) - similarity(target)
     return F.relu(difference.abs() - margin).mean()
-

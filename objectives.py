@@ -396,7 +396,7 @@ def blocks_of(tokenizer: nn.Module) -> list[nn.Module]:
 
 
 class Lambda1:
-    """It grows from 0 over --ve-warmup; then --target-noise moves it."""
+    """lambda1 at each step: it grows from 0 over --ve-warmup, and may then be moved."""
 
     def __init__(self, args: argparse.Namespace, rt: Runtime) -> None:
         self.given, self.warmup, self.keeper = args.lambda1, args.ve_warmup, None
@@ -418,7 +418,7 @@ class Lambda1:
             self.keeper.see(mean, logvar)
 
     def step(self) -> None:
-        if self.keeper and self.keeper.seen:
+        if self.keeper and self.keeper.seen:   # the warm-up is over
             self.keeper.step()
 
 

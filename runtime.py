@@ -343,11 +343,11 @@ def steps_of(epochs: float, images: int, batch: int) -> int:
     return math.ceil(epochs * images / batch)
 
 
-def check_batch(batch: int, runtime: "Runtime", parts: int | None) -> None:
-    """Raise InputError unless all processes and parts get as many images."""
+def check_batch(batch: int, runtime: "Runtime", parts: int | None = None) -> None:
+    """Raise InputError unless all processes, and all parts of a step, get as many images."""
     if batch % (runtime.world * (parts or 1)):
-        raise InputError(f"--batch {batch} must be a multiple of {runtime.world} process(es) "
-                         f"x --accumulate {parts or 1}")
+        raise InputError(f"--batch {batch} must be a multiple of {runtime.world} process(es)"
+                         + f" x --accumulate {parts}" * bool(parts))
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     rt = runtime.start(args.device)
     runtime.claim(rt, args.out)
-    runtime.check_batch(args.batch, rt, None)
+    runtime.check_batch(args.batch, rt)
     train, val = (data.open_dataset(args.data, args.size, part, args.seed)
                   for part in ("train", "val"))
     rt.print(data.summary(train))

@@ -332,9 +332,9 @@ def main(argv: list[str] | None = None) -> None:
             if step >= other.start:
                 other.learn(lr)
         terms |= {"total": total, "grad_norm": norm / x[0].numel()}
+        expansion.step()
         if args.target_noise:
             terms["lambda1"] = lambda1
-            expansion.step()
         finite.add(step, terms)
 
         step += 1

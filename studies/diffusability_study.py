@@ -241,8 +241,8 @@ def explained(columns: list[Tensor], y: Tensor, groups: list[str]) -> tuple[floa
 # Tables and figures, from the files of the arms.
 
 
-# A tokenizer that reconstructs badly samples badly, whatever its latent is like.  One of
-# whom the reconstructions are this much farther from images than another's does not count.
+# A tokenizer that reconstructs badly samples badly, whatever its latent is like.  One
+# whose rFD is more than this many times the lowest is left out.
 COMPARABLE = 2.0
 
 

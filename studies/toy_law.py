@@ -20,7 +20,6 @@ file under --out.
 import copy
 import math
 import statistics
-import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -492,8 +491,7 @@ def main(argv: list[str] | None = None) -> dict:
         del result["model"], result["flows"]
     seeds = " ".join(map(str, args.seeds))
     report = {
-        "command": f"python -m studies.toy_law --seeds {seeds}", "date": time.strftime("%Y-%m-%d"),
-        "device": runtime.device_name(toy2d.CPU), "versions": runtime.versions(),
+        **runtime.provenance(toy2d.CPU), "command": f"python -m studies.toy_law --seeds {seeds}",
         "seeds": args.seeds, "recipe": recipe,
         "training_seconds": sum(result["seconds"] for result in results), "arms": results}
     report["law"] = show(results, path.with_suffix(".png"))

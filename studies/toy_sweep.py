@@ -11,7 +11,6 @@ seeds of toy2d.py the share of invalid samples deviates by 0.5 points for VE, an
 
 import functools
 import math
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -256,8 +255,7 @@ def main(argv: list[str] | None = None) -> dict:
     for number, figure in enumerate(figures, 4):
         runtime.save_figure(figure, args.out / f"toy2d_figure{number}.png", dpi=72)
     report = {
-        "command": "python -m studies.toy_sweep", "date": time.strftime("%Y-%m-%d"),
-        "device": runtime.device_name(toy2d.CPU), "versions": runtime.versions(),
+        **runtime.provenance(toy2d.CPU), "command": "python -m studies.toy_sweep",
         "seed": args.seed, "recipe": recipe,
         "training_seconds": sum(result["seconds"] for result in results),
         "arms": {r["arm"]["name"]: r["numbers"] for r in results},

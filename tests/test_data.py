@@ -244,7 +244,6 @@ def test_two_ranks_see_what_one_sees(eleven):
     for k, batch in enumerate(whole):
         for rank, key in itertools.product(range(2), ("x", "y", "index")):
             assert_close(parts[rank][k][key], batch[key][rank::2], **EXACT)
-    assert "multiple" in one_line(next, data.batches(eleven, 5, world=2))
 
 
 @pytest.mark.parametrize("name", ["folder", "shapes"])

@@ -614,6 +614,13 @@ def test_log_begins_with_the_command_and_resumes_without_duplicates(tmp_path):
     assert len(path.read_text().splitlines()) == 1
 
 
+def test_what_stands_beside_a_number():
+    found = runtime.provenance(CPU)
+    assert found["command"].startswith("python ") and found["device"].startswith("cpu ")
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["date"] == time.strftime("%Y-%m-%d")
+
+
 def test_a_resumed_log_has_its_first_line_and_what_has_changed(tmp_path):
     path = tmp_path / "log.jsonl"
     log = runtime.Log(path, {"lr": 0.1, "steps": 4}, Runtime(CPU))

@@ -529,6 +529,26 @@ def test_bins_count_every_sample_once():
     assert bins.read()["velocity"] == 1.0
 
 
+def test_the_errors_of_a_checkpoint_go_on_in_one_process_alone(tmp_path):
+    """They are sums over all processes, and each of them reads the file."""
+    def learner():
+        sizes = dict(in_channels=4, input_size=4, num_classes=3)
+        dit = models.build_dit(models.DITS["demo"] | sizes)
+        return train_dit.Learner(dit, "adamw", 1e-3, [0.9, 0.95], 0.9)
+
+    first, errors = learner(), torch.rand(2, 10)
+    checkpoints.save({
+        "kind": "dit", "config": {"lr": 1e-3}, "step": 7, "model_config": first.dit.config,
+        "model": first.dit.state_dict(), "ema": first.ema.state_dict(), "ema_updates": 7,
+        "optimizers": [o.state_dict() for o in first.optimizers], "errors_by_t": errors,
+        "tokenizer": {}, "classes": [], "latent_mean": torch.zeros(4),
+        "latent_std": torch.ones(4)}, tmp_path / "c.pt")
+    for is_main in (True, False):
+        other = learner()
+        assert other.resume(tmp_path / "c.pt", {"lr": 1e-3}, is_main) == 7
+        assert torch.equal(other.bins.sums, errors * is_main) and other.ema.updates == 7
+
+
 # ------------------------------------------------------------------------------
 # Interruptions and processes.
 
