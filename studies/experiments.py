@@ -319,6 +319,7 @@ def main(argv: list[str] | None = None) -> None:
         help="0: KL weights to choose from; others: all arms")
     add("--data", help="a folder, cifar10 or shapes; else shapes, or cifar10 for photographs")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--compile", action="store_true", help="torch.compile the trainings, on a CPU as well")
     add("--out", type=Path, default=Path("runs/law"), help="folder of the runs")
     add("--results", type=Path, default=Path("results/law"), help="folder of what is found")
     add("--smoke", action="store_true", help="one tiny arm of shapes")
@@ -329,7 +330,8 @@ def main(argv: list[str] | None = None) -> None:
         return answers.draw(results, args.rung)
     recipe = RUNGS[args.rung] | (SMOKE | dict(trainings=(1, 2)) if args.smoke else {})
     source = args.data or ("shapes" if args.rung == "shapes" else "cifar10")
-    plans = [Plan(arm, recipe, source, args.out, args.device)
+    training = " --compile" * args.compile
+    plans = [Plan(arm, recipe, source, args.out, args.device, training)
              for arm in table_of_arms(args.rung, args.seeds)]
     known = {name for plan in plans for name in (plan.arm.name, plan.arm.key)}
     if unknown := set(args.only or ()) - known:

@@ -96,6 +96,7 @@ class Plan:
     data: str
     out: Path
     device: str
+    training: str = ""   # flags of both trainings that change only how fast they are
 
     def settings(self) -> dict[str, str]:
         """All that decides the numbers.  The data go by the folder's name."""
@@ -132,11 +133,12 @@ class Plan:
         tokenizer, dit, scores = (shlex.quote(str(folders[stage])) for stage in settings)
         common = f"--device {self.device}" + " --smoke" * r["smoke"]
         data = f"--data {shlex.quote(self.data)} --workers 0"
+        training = common + self.training
         trained, samples = f"{tokenizer}/checkpoint.pt", folders["scores"] / "samples"
         return [
-            (f"train_tokenizer.py {settings['tokenizer']} {data} {common}"
+            (f"train_tokenizer.py {settings['tokenizer']} {data} {training}"
              f" --out {tokenizer}", folders["tokenizer"] / "trained"),
-            *((f"train_dit.py {settings['dit']} {data} {common} --out {dit}"
+            *((f"train_dit.py {settings['dit']} {data} {training} --out {dit}"
                f" --tokenizer {trained} --cache {tokenizer}/latents --steps {copy.stem}", copy)
               for copy in self.looks().values()),
             (f"sample.py --preset plain --dit {dit}/checkpoint.pt --out {scores}/samples"

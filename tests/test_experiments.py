@@ -93,6 +93,13 @@ def test_equal_tokenizers_are_one_folder_and_changed_settings_another():
     assert replace(a, data="else/where/pictures").settings() == a.settings()
 
 
+def test_trainings_may_be_compiled_and_nothing_else():
+    fast = replace(plan(), training=" --compile")
+    compiled = [command.split()[0] for command, _ in fast.stages() if " --compile" in command]
+    assert compiled == ["train_tokenizer.py"] + 6 * ["train_dit.py"]
+    assert fast.settings() == plan().settings()
+
+
 def test_folders_may_have_spaces_in_their_names():
     spaced = replace(plan(), data="my pictures", out=Path("my runs"))
     for command, done in spaced.stages():
