@@ -56,7 +56,7 @@ RECIPE: dict[str, Any] = dict(
 SMOKE = dict(tokenizer_steps=4, dit_steps=4, batch=4, precision="fp32", euler=2, count=16,
              smoke=True)
 LADDER = RECIPE | dict(
-    edition=4, trainings=(1, 2, 4, 8, 16, 32), starts=(0.3, answers.START), euler=25, count=2000)
+    edition=4, trainings=(1, 2, 4, 8, 16, 32), starts=(answers.START,), euler=25, count=2000)
 RUNGS = {
     "shapes": LADDER | dict(
         tokenizer_steps=6900, dit_steps=250, network=" --model shapes --ema 0.9999"),
