@@ -190,13 +190,15 @@ def conclusions(arms: list[Arm]) -> list[str]:
         lines.append(f"* The best KL weight at seed 0, by FD after the longest training, is "
                      f"{min(chosen)[1]}.")
     for k, row in enumerate(arms[0]["rows"]):
-        seeds: dict[int, list] = {}
-        for arm in arms:
+        best: dict[int, Arm] = {}   # by seed
+        for arm in sorted(arms, key=lambda arm: arm["rows"][k]["invalid"]):
             if arm["arm"]["family"] == "VE":
-                found = arm["rows"][k]["invalid"], arm["arm"]["value"]
-                seeds.setdefault(arm["arm"]["seed"], []).append(found)
-        best = ", ".join(min(found)[1] for _, found in sorted(seeds.items()))
-        lines += [f"* {row['training']}x: best lambda1 {best}."] if best else []
+                best.setdefault(arm["arm"]["seed"], arm)
+        chosen = ", ".join(best[seed]["arm"]["value"] for seed in sorted(best))
+        ratios = [arm["sigma"] / arm["rows"][k]["e"] for arm in best.values()
+                  if arm["rows"][k]["e"]]   # that of the last is not known
+        end = f", whose sigma is {shown(ratios, 1)} times e" if ratios else ""
+        lines += [f"* {row['training']}x: best lambda1 {chosen}{end}."] if best else []
     return lines
 
 

@@ -575,7 +575,9 @@ def test_answers_are_drawn_from_the_files_alone(tmp_path):
     assert "| 0.50 ± 0.00 (0.25 ± 0.00); -45.0 ± 0.0; 55.0 ± 0.0: **paid back as floor** |" in line
     # Noise of 0.01 costs 1 point and of 0.1 it costs 10, so that 5 are at 10^(4/9) % = 2.78 %.
     assert "| KL 1e-6 | 3 | 10.0 ± 0.0 | 2.8 ± 0.0 | 30.0 ± 0.0 | 10.0" in text
-    assert ("* 1x: best lambda1 1e-3, 1e-3, 1e-3.\n* 2x: best lambda1 1e-2, 1e-2, 1e-2.\n"
+    # sigma is 0.1, and e is 0.4 and then 0.2.
+    assert ("* 1x: best lambda1 1e-3, 1e-3, 1e-3, whose sigma is 0.2 ± 0.0 times e.\n"
+            "* 2x: best lambda1 1e-2, 1e-2, 1e-2, whose sigma is 0.5 ± 0.0 times e.\n"
             "* 4x: best lambda1 1e-2, 1e-2, 1e-2.") in text
     # Between e = 0.2, where VE is worse by 1.1, and 0.4, where it is better by 4:
     # 0.2 + 0.2 * 1.1 / 5.1 = 24.31 %.
