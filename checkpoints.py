@@ -289,11 +289,12 @@ def read_tokenizer_parts(path: str | Path) -> dict[str, dict]:
     others = {name: tensors(file.get(name)) for name in PREFIXES}
     return {"model": tensors(file["model"])} | {k: part for k, part in others.items() if part}
 
-def begin_from(path: Path, parts: dict[str, Any]) -> None:
-    """Fill those of the parts that a tokenizer's file has."""
+def begin_from(path: Path, parts: dict[str, Any]) -> list[str]:
+    """Fill those of the parts that a tokenizer's file has.  Returns which ones it lacks."""
     found = read_tokenizer_parts(path)
     for name in parts.keys() & found.keys():
         load_strict(parts[name], found[name], path)
+    return [name for name in PREFIXES if name in parts.keys() - found.keys()]
 
 def from_ldm(file: dict, path: Path) -> dict:
     """Entries of ours, with a config that is read off the tensors."""

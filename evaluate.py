@@ -66,6 +66,8 @@ def parse(argv):
         help="levels of the noise curve: deviations of noise on the latent, as they"
         " are and times each channel's spread; without any, no curve")
     add("--decode-steps", type=count, help="of diffusion decoders; else their files'")
+    add("--as-vavae", action="store_true", help="score tokenizers as VA-VAE's script:"
+        " from a draw of the posterior, and with the SSIM of values in [-1, 1]")
     add("--probe", type=count, help="also how well the latents of so many training"
         " images tell the class: a linear probe, and nearest neighbours")
     add("--write-reference", type=Path, metavar="FILE", help="only write the"
@@ -218,12 +220,23 @@ def write_reference(path, source, size, choice, read):
 
 
 # ------------------------------------------------------------------------------
-# Reconstructions of held-out images from the posterior's mean, and the decoder's
-# noise curve.  All of its points share one noise, so that it is smooth.
+# Reconstructions of held-out images from the posterior's mean, or from one draw of
+# it as in VA-VAE's script, and the decoder's noise curve.  All of its points share
+# one noise, so that it is smooth.
+
+
+def spread_of(tokenizer, file, images, read):
+    """Deviation [C, 1, 1] of the latents: as the file has it, or of up to 256 images."""
+    if "latent_std" in file:
+        return file["latent_std"].to(read.rt.device)[:, None, None]
+    alone = Reader(Runtime(read.rt.device), read.batch, read.workers, min(256, read.limit or 256))
+    z = [tokenizer.posterior(data.from_uint8(part["pixels"]))[0]
+         for part in alone(images, alone.count(images))]
+    return torch.cat(z).transpose(0, 1).flatten(1).std(1)[:, None, None]
 
 
 @torch.no_grad()
-def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe, read):
+def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe, as_vavae, read):
     """The scores of a tokenizer.  Real images would have an rFID of 0."""
     device = read.rt.device
     tokenizer, file = checkpoints.load_tokenizer(path, steps)
@@ -232,23 +245,29 @@ def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe
     net = frozen.load_features(choice, source, size, device)
     tokenizer.to(device)
     lpips = frozen.load_lpips().to(device) if frozen.find_weights("vgg") else None
+    if lpips is None:
+        read.rt.print(f"no LPIPS, because {frozen.hub_file(frozen.VGG)} is not there")
     if size < (least := 16 if lpips else 11):
         raise InputError(f"SSIM and LPIPS need {least} pixels a side, not {size}")
     judged = [*images.classes] == [*data.SHAPES]
-    spread = file.get("latent_std", torch.tensor([])).to(device)[:, None, None]
+    spread = spread_of(tokenizer, file, images, read) if noise_levels else 0
     levels = [("none", 0.0, 0.0), *(("absolute", a, a) for a in noise_levels),
-              *(("relative", a, a * spread) for a in noise_levels if len(spread))]
+              *(("relative", a, a * spread) for a in noise_levels)]
     moments = [metrics.Moments() for _ in (*levels, "real images")]
     sums, count = [Counter() for _ in moments], read.count(images)
     for part in read(images, count):
         x, index = part["pixels"], part["index"].tolist()
-        z = tokenizer.posterior(data.from_uint8(x))[0]
-        noise = runtime.noise_of(index, z.shape[1:], seed, "evaluate")
-        decoded = (tokenizer.decode(z + std * noise.to(z), index) for *_, std in levels)
+        z, logvar = tokenizer.posterior(data.from_uint8(x))
+        noise = runtime.noise_of(index, z.shape[1:], seed, "evaluate").to(z)
+        if as_vavae:
+            own = runtime.noise_of(index, z.shape[1:], seed, "posterior").to(z)
+            scale = runtime.noise_of(index, (), seed, "scale").to(z)
+            z = tokenizer.sample(z, (logvar / 2).exp(), own, scale)
+        decoded = (tokenizer.decode(z + std * noise, index) for *_, std in levels)
         for moment, total, x_hat in zip(moments, sums, [*map(data.to_uint8, decoded), x]):
             rows, y = net(x_hat)[0], part["y"] if judged else None
             moment.add(rows)
-            total.update(pair_metrics(x_hat, x, y, rows, net, lpips))
+            total.update(pair_metrics(x_hat, x, y, rows, net, lpips, -1 if as_vavae else 0))
     means = torch.tensor([[*total.values()] for total in sums], device=device)
     means = runtime.all_reduce_sum(metrics.float64(means)) / count
     *fakes, real = (moment.fit() for moment in moments)
@@ -265,6 +284,8 @@ def score_tokenizer(path, source, size, choice, seed, noise_levels, steps, probe
     return {"evaluation": "reconstruction", "of": path, "metrics": scores,
             "curve": curve, "protocol": {
                 **net.about(), "images": count, "size": size,
+                "latent": "a draw" if as_vavae else "the mean",
+                "ssim": "[-1, 1]" if as_vavae else "[0, 1]",
                 "data": f"{source} {images.split}",
                 "data_sha256": data.fingerprint(images),
                 "tokenizer_sha256": runtime.file_sha256(path)}}
@@ -291,9 +312,9 @@ def probe_latents(tokenizer, train, val, count, read):
     return scores
 
 
-def pair_metrics(x_hat, x, y, rows, net, lpips):
-    """Sums over a batch; y: what the judge should see in x_hat, or None."""
-    found = {"PSNR": metrics.psnr(x_hat, x), "SSIM": metrics.ssim(x_hat, x)}
+def pair_metrics(x_hat, x, y, rows, net, lpips, low):
+    """Sums over a batch; y: what the judge should see in x_hat, or None; low: of SSIM."""
+    found = {"PSNR": metrics.psnr(x_hat, x), "SSIM": metrics.ssim(x_hat, x, low)}
     if lpips:
         found["LPIPS"] = lpips(data.from_uint8(x_hat), data.from_uint8(x))
     found = {name: values.sum().item() for name, values in found.items()}
@@ -350,6 +371,10 @@ def picture_names(images):
 
 # ------------------------------------------------------------------------------
 # Samples, and real images in their place.
+
+# What sample.py notes of how they were made.
+MADE_BY = ("sampler", "steps", "shift", "guidance", "interval", "cfg_channels", "labels",
+           "seed", "precision")
 
 
 def compare(fake, real, net, labels, device):
@@ -418,7 +443,9 @@ def score_samples(path, reference, source, size, choice, cache, read):
     return {"evaluation": "generation", "of": path, "metrics": scores, "protocol": {
         **net.about(), "images": read.count(samples), "size": size,
         "reference": reference, "reference_images": real["gaussians"][0][0],
-        "held_out_images": count}}
+        "reference_sha256": runtime.file_sha256(reference) if reference.endswith(".npz")
+        else data.fingerprint(train), "held_out_images": count,
+        "sampling": {name: facts[name] for name in MADE_BY if name in facts}}}
 
 
 # ------------------------------------------------------------------------------
@@ -492,7 +519,7 @@ def main(argv=None):
     runtime.claim(rt, args.out / "cache")
     rows = [
         score_tokenizer(path, args.data, args.size, args.features, args.seed,
-                        args.noise, args.decode_steps, args.probe, read)
+                        args.noise, args.decode_steps, args.probe, args.as_vavae, read)
         for path in args.tokenizer]
     if args.samples:
         rows.append(score_samples(

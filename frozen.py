@@ -201,6 +201,9 @@ def load_features(choice: str, data_name: str, size: int, device: torch.device) 
         features = Features(f"EffLite0@{side}", f"bicubic to {side}, (v - 127) / 128", pool)
     load_network(network, path).to(device)
     features.weights = runtime.file_sha256(path)
+    if choice == "inception" and features.weights[:8] not in INCEPTION:
+        raise InputError(f"{path} is not that of pytorch-fid: its sha256 begins with "
+                         f"{features.weights[:8]}, and not as its name says")
     return features
 
 

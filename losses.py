@@ -79,8 +79,8 @@ def inverse_variance(logvar: Tensor, delta: float = 1e-6) -> Tensor:
 
     It is computed as sigmoid(log delta - logvar) / delta, which can neither
     overflow nor cancel.  Its pull on log sigma^2 grows as sigma shrinks,
-    until sigma^2 = delta, and vanishes below.  So delta must lie under the
-    smallest variance that has to be rescued.  ValueError unless delta > 0.
+    until sigma^2 = delta, and weakens below.  It still wins there as long as
+    lambda1 / delta^2 exceeds T.  ValueError unless delta > 0.
     """
     if delta <= 0:
         raise ValueError(f"delta must be positive, got {delta}")

@@ -456,8 +456,9 @@ class Attention(nn.Module):
         bias, d = family != "vit", width // heads
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias)
-        self.q_norm = token_norm(family, d) if qk_norm else nn.Identity()
-        self.k_norm = token_norm(family, d) if qk_norm else nn.Identity()
+        norm = nn.LayerNorm if family == "sit" else lambda d: token_norm(family, d)   # timm's
+        self.q_norm = norm(d) if qk_norm else nn.Identity()
+        self.k_norm = norm(d) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width, bias)
 
     def forward(self, h: Tensor, rope: nn.Module = nn.Identity()) -> Tensor:

@@ -320,7 +320,7 @@ def add_running_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="of weights, order of the data and every draw")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="of the networks; auto is bf16 on CUDA; latents are always fp32")
+        help="of what is trained; auto is bf16 on CUDA; latents and losses are fp32")
     add("--workers", type=natural_int, default=2, help="processes that load data, per rank")
     add("--save-every", type=positive_int, default=500, help="steps between checkpoints")
     add("--accept-data", action="store_true",
@@ -418,7 +418,7 @@ class Runtime:
         return chosen
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """DDP if there are several processes.  All our buffers are constants."""
+        """DDP if there are several processes.  No buffer is used that a training changes."""
         if self.world == 1:
             return module
         ids = [self.local_rank] if self.device.type == "cuda" else None

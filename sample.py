@@ -34,9 +34,9 @@ from runtime import InputError
 # A preset is a row of defaults, which any flag overrides.  The paper guides by
 # 1.70 for its best table (Sec. 5.3), and by 1.45 for the figures of supplement
 # D.  It states neither a time shift nor how labels are drawn.  LightningDiT's
-# protocol guides the first three channels only, after 800 epochs or after 64.
-# GAE's numbers are from an SDE without guidance, and from the ODE with it, again
-# after 800 epochs or after 80; its SDE has another diffusion than SiT's.
+# protocol guides the first three channels only, as SiT's does, after 800 epochs or
+# after 64.  GAE's numbers are from an SDE without guidance, and from the ODE with
+# it, after 800 epochs or after 80; its SDE has another diffusion than SiT's.
 
 PAPER = dict(count=50_000, steps=250, cfg_channels=0)
 LIGHTNINGDIT = PAPER | dict(
@@ -78,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=count, help="steps from noise to data")
     add("--shift", type=runtime.positive, default=1.0, help="below 1: more steps near noise")
     add("--guidance", type=runtime.non_negative, default=1.0, help="scale; 1: none")
+    add("--cfg-channels", type=runtime.natural_int, help="guide only the first ones; 0: all")
     add("--interval", type=runtime.share, nargs=2, default=[0.0, 1.0],
         help="times of guidance; t = 1 is the data")
     add("--decode-steps", type=count, help="of a diffusion decoder; default: its file's")
@@ -142,6 +143,7 @@ class Networks:
             raise InputError(f"--class {name}: `python checkpoints.py show` lists the classes")
         return torch.tensor([known[name] for name in wanted] or range(self.null))
 
+    @torch.no_grad()
     def decode(self, z: Tensor, images: list[int]) -> Tensor:
         """x_hat of these images on the CPU, a few at a time, to save memory."""
         return torch.cat([self.tokenizer.decode(z[i:i + 16], images[i:i + 16]).cpu()
@@ -193,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         y = labels[images].to(rt.device)
         velocity_fn = flow.guided_velocity(
             net.dit, y, net.null, args.guidance, args.interval, args.cfg_channels, net.guide)
-        with torch.no_grad(), rt.autocast(args.precision):
+        with rt.autocast(args.precision):
             # Eq. 30, by Euler's steps (Eq. 31) or by others.
             if args.sampler == "euler":
                 z = flow.euler(velocity_fn, noise, args.steps, args.shift)
@@ -204,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
                     velocity_fn, noise, args.steps, args.shift,
                     noise_fn=lambda k: runtime.noise_of(
                         images, net.shape, args.seed, "sample", "sde", k))
-            z = flow.denormalize(z, net.mean, net.std)
-            x_hat = net.decode(z, images)  # Eq. 32
+        z = flow.denormalize(z, net.mean, net.std)
+        x_hat = net.decode(z, images)  # Eq. 32, in float32
         if not (z.isfinite().all() and x_hat.isfinite().all()):
             raise InputError(f"images {images[0]} to {images[-1]} are not finite: use "
                              "--precision fp32, or train the DiT again")

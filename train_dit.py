@@ -78,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", choices=models.DITS, help="row of models.DITS")
     add("--init", type=Path, help="start from this DiT, ours or a published one, "
         "whose size takes the place of --model")
+    add("--qk-norm", action="store_true", help="norm queries and keys, for long trainings")
     add("--out", type=Path, default=Path("runs/dit"), help="folder")
 
     add = p.add_argument_group("optimisation").add_argument
@@ -90,8 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of AdamW; the paper prints 0.95 0.999")
     add("--clip", type=positive, default=1.0, help="largest gradient norm")
     add("--ema", type=fraction, help="decay of the averaged weights")
-    add("--t", choices=["logit-normal", "uniform"], default="logit-normal",
-        help="distribution of the times")
+    add("--t", choices=["logit-normal", "uniform"], default="logit-normal", help="how t is drawn")
     add("--shift", type=positive, default=1.0,
         help="below 1 towards the noise; RAE: sqrt(4096 / C h w)")
     add("--cosine-weight", type=non_negative, default=1.0, help="0 leaves Eq. 4")
@@ -106,9 +106,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # posterior.  How z is drawn from them only the tokenizer knows.
 
 
-def encode_images(name: str | None, shapes: int, cache: Path, precision: str,
-                  tokenizer: models.Tokenizer, origin: dict, sha256: str,
-                  workers: int, accept: bool, rt: Runtime) -> data.LatentSet:
+def encode_images(name: str | None, shapes: int, cache: Path, tokenizer: models.Tokenizer,
+                  origin: dict, sha256: str, workers: int, accept: bool,
+                  rt: Runtime) -> data.LatentSet:
     """The latents of the images `name`: those in `cache`, or new ones.
 
     origin, sha256: the content of the tokenizer's file, and its hash.
@@ -123,13 +123,12 @@ def encode_images(name: str | None, shapes: int, cache: Path, precision: str,
     rt.print(data.summary(dataset))
 
     def encode(x: Tensor):
-        with rt.autocast(precision):
-            mean, logvar = tokenizer.posterior(x)
+        mean, logvar = tokenizer.posterior(x)
         return mean, torch.exp(0.5 * logvar)
 
-    key = {"tokenizer": sha256, "precision": precision}
     latents = data.cache_latents(
-        cache, dataset, encode, key, 64, rt.rank, rt.world, workers, rt.device, accept)
+        cache, dataset, encode, {"tokenizer": sha256}, 64, rt.rank, rt.world, workers,
+        rt.device, accept)
     runtime.report_skipped(latents.skipped if rt.is_main else [])
     return latents
 
@@ -154,13 +153,15 @@ class TimeBins:
         return {"velocity": sum(errors) / sum(counts), "by_t": by_t}
 
 
-def build(row: str, init: Path | None, latents: data.LatentSet) -> models.DiT:
+def build(row: str, qk_norm: bool, init: Path | None, latents: data.LatentSet) -> models.DiT:
     """A network of this row, or that of `init` with embeddings for other classes."""
     needed = {"in_channels": latents.shape[0], "input_size": latents.shape[1],
               "num_classes": len(latents.classes)}
     if init is None:
-        return models.build_dit(models.DITS[row] | needed)
+        return models.build_dit(models.DITS[row] | needed | {"qk_norm": qk_norm})
     known, _ = checkpoints.load_dit(init)
+    if qk_norm and not known.config["qk_norm"]:
+        raise InputError(f"{init} has learned without --qk-norm: leave it out")
     if any(known.config[k] != needed[k] for k in ("in_channels", "input_size")):
         raise InputError(f"{init} was made for other latents than {[*latents.shape]}: give "
                          "its own tokenizer")
@@ -246,16 +247,15 @@ def main(argv: list[str] | None = None) -> None:
         latents = data.open_lightningdit_latents(args.latents, tokenizer.channels)
     else:
         args.data = args.data or origin.get("config", {}).get("data")
-        latents = encode_images(args.data, args.shapes, args.cache, args.precision,
-                                tokenizer, origin, sha256, args.workers,
-                                args.accept_data, rt)
+        latents = encode_images(args.data, args.shapes, args.cache, tokenizer, origin, sha256,
+                                args.workers, args.accept_data, rt)
     mean, std = latents.statistics(args.latent)
     if args.epochs:
         args.steps = runtime.steps_of(args.epochs, len(latents), args.batch)
 
     # The network that learns them, new or as the checkpoint has it.
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    dit = build(args.model, args.init, latents).to(rt.device)
+    dit = build(args.model, args.qk_norm, args.init, latents).to(rt.device)
     numbers = sum(p.numel() for p in dit.parameters())
     args.accumulate, args.recompute = runtime.fit(
         rt, args.batch // rt.world, runtime.kept_of_latent(dit.config, args.precision), numbers,

@@ -272,8 +272,10 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
     done = checkpoints.resume(checkpoint, "tokenizer", config, FREE, **parts).get("step", 0)
-    if args.init and not done:
-        checkpoints.begin_from(args.init, parts)
+    for name in checkpoints.begin_from(args.init, parts) if args.init and not done else ():
+        rt.print(f"{args.init} has no {name}, which begins untrained")
+        if name == "discriminator" and args.disc_start == 0:
+            raise InputError("an untrained discriminator would do harm: give --disc-start 2501")
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)
 
     finite = runtime.FiniteCheck(rt.device)

@@ -139,7 +139,8 @@ def test_one_process_computes_the_probe(painted, monkeypatch):
     monkeypatch.setattr(evaluate, "probe_latents", lambda *_: {"linear probe": 1.0})
     for rank in range(2):
         read = evaluate.Reader(runtime.Runtime(torch.device("cpu"), rank, 2), 8, 0, 16)
-        row = evaluate.score_tokenizer("checkpoint.pt", None, None, "auto", 0, [], None, 5, read)
+        row = evaluate.score_tokenizer(
+            "checkpoint.pt", None, None, "auto", 0, [], None, 5, False, read)
         assert ("linear probe" in row["metrics"]) == (rank == 0)
 
 
@@ -340,7 +341,7 @@ def test_a_published_tokenizer_needs_data_and_size(capsys):
     assert "give --data and --size" in capsys.readouterr().err
     flags = "--data", "shapes", "--size", 16, "--limit", 4
     row, = run("--tokenizer", "published.pt", *flags)
-    assert {point["noise"] for point in row["curve"]} == {"none", "absolute"}
+    assert {point["noise"] for point in row["curve"]} == {"none", "absolute", "relative"}
 
 
 def test_pictures_in_pictures_and_latents_out():

@@ -306,6 +306,39 @@ def test_scores_of_tokenizers_are_those_worked_out(monkeypatch, tokenizers, name
     assert not close(rows[0]["curve"][5], rows[1]["curve"][5], 1e-2)
 
 
+def test_scores_as_those_of_vavae(tokenizers):
+    """One draw of the posterior, and the SSIM of values in [-1, 1]."""
+    (x, _), index = shapes("val", 20), np.arange(20) * 2000 // 20
+    mean_row, = run("--tokenizer", "a.pt", "--limit", "20", "--noise")
+    row, = run("--tokenizer", "a.pt", "--limit", "20", "--noise", "--as-vavae")
+    with torch.no_grad():
+        tokenizer, _ = checkpoints.load_tokenizer("a.pt")
+        mean, logvar = tokenizer.posterior(x / 127.5 - 1)
+        eps = torch.stack([torch.randn(mean.shape[1:], generator=runtime.generator(
+            0, "posterior", int(i))) for i in index])
+        x_hat = data.to_uint8(tokenizer.decode(mean + (logvar / 2).exp() * eps))
+    assert row["metrics"]["PSNR"] == pytest.approx(metrics.psnr(x_hat, x).mean().item(), rel=1e-4)
+    ssim = metrics.ssim(x_hat, x, low=-1).mean().item()
+    assert row["metrics"]["SSIM"] == pytest.approx(ssim, rel=1e-3)
+    assert row["metrics"]["PSNR"] < mean_row["metrics"]["PSNR"] - 0.1
+    assert (mean_row["protocol"]["latent"], row["protocol"]["latent"]) == ("the mean", "a draw")
+
+
+def test_the_spread_of_a_file_without_statistics(tokenizers):
+    """It is that of the latents of the images themselves."""
+    file = checkpoints.read("a.pt")
+    del file["latent_std"]
+    checkpoints.save(file, "bare.pt")
+    x = shapes("val", 30)[0]
+    with torch.no_grad():
+        mean, _ = checkpoints.load_tokenizer("a.pt")[0].posterior(x / 127.5 - 1)
+    file["latent_std"] = mean.transpose(0, 1).flatten(1).std(1)
+    checkpoints.save(file, "known.pt")
+    bare, known = run("--tokenizer", "bare.pt", "known.pt", "--limit", "30")
+    assert len(bare["curve"]) == len(known["curve"]) == 9
+    assert all(close(a, b, 1e-3) for a, b in zip(bare["curve"], known["curve"]))
+
+
 TOKENIZERS = {   # flags, and of which images and noise the curve is
     "--at-once 7": {},
     "--workers 1": {},
@@ -392,5 +425,5 @@ def test_every_flag_is_tested():
     flags = {"--" + name.replace("_", "-") for name in args}
     tested = " ".join([*SAMPLES, *TOKENIZERS]).split() + [
         "--tokenizer", "--samples", "--write-reference", "--write-images", "--device", "--smoke",
-        "--decode-steps", "--probe", "--noise"]
+        "--decode-steps", "--probe", "--noise", "--as-vavae"]
     assert flags <= {*tested}

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import data
 import frozen
+import runtime
 from frozen import Features
 from runtime import InputError, generator
 
@@ -96,8 +97,13 @@ def test_auto_takes_what_is_there(monkeypatch, hub):
     assert frozen.choose("cifar10") == "inception"
 
 
-def test_the_inception_with_its_weights(inception, hub):
-    torch.save(inception.state_dict(), hub / frozen.INCEPTION)
+def test_the_inception_with_its_weights(inception, hub, monkeypatch):
+    path = hub / frozen.INCEPTION
+    torch.save(inception.state_dict(), path)
+    with pytest.raises(InputError, match="is not that of pytorch-fid: its sha256 begins with"):
+        frozen.load_features("inception", "cifar10", 32, CPU)
+    monkeypatch.setattr(frozen, "INCEPTION", f"mine-{runtime.file_sha256(path)[:8]}.pth")
+    path.rename(hub / frozen.INCEPTION)
     net, images = frozen.load_features("auto", "cifar10", 32, CPU), pictures(2, 32)
     pool, spatial = net(images)
     assert_close([pool, spatial], [*inception(images)], rtol=0, atol=0)

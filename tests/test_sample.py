@@ -144,6 +144,7 @@ FLAGS = {   # and what they change
     "--steps 2 --shift 1 --interval 0.5 0.5": dict(times=[0, 0.5, 1], low=0.5, high=0.5),
     "--guide guide.pt": dict(guide="guide.pt"),
     "--preset lightningdit --labels balanced": dict(channels=3),
+    "--preset lightningdit --labels balanced --cfg-channels 2": dict(channels=2),
     "--class class3 --class 7": dict(labels=[3, 7, 3]),
     "--class 4 --class 9 --labels random": dict(labels=[[4, 9][i] for i in torch.randint(
         2, (3,), generator=runtime.generator(5, "sample labels"))]),
@@ -215,8 +216,8 @@ def test_images_are_decoded_a_few_at_a_time_by_their_numbers():
 
 
 def test_every_flag_is_tested():
-    """Those of the last line by other tests of this file.  Guided channels are no flag."""
-    args = vars(sample.parse([])).keys() - {"cfg_channels"}
+    """Those of the last line by other tests of this file."""
+    args = vars(sample.parse([]))
     flags = {"--" + name.replace("_", "-").replace("classes", "class") for name in args}
     assert flags <= {*" ".join(FLAGS).split(), "--count", "--out", "--smoke", "--decode-steps",
                      "--compile"}

@@ -137,7 +137,7 @@ def test_smoke_writes_a_checkpoint_that_rebuilds_itself(tokenizer, tmp_path):
 SETTINGS = dict(
     steps=3, batch=4, seed=0, model="demo", latent="sample", noise="learned", muon=False,
     lr=0.1, warmup=100, cooldown=0.0, betas=(0.9, 0.95), clip=1.0, ema=0.999, ramp=True,
-    uniform_t=False, shift=1.0, cosine=1.0, dropout=0.1, init=None)
+    uniform_t=False, shift=1.0, cosine=1.0, dropout=0.1, init=None, qk_norm=False)
 MUON = r"blocks\.\d\.(attn\.qkv|attn\.proj|mlp\.w12|mlp\.w3|mlp\.fc1|mlp\.fc2)\.weight"
 
 
@@ -166,7 +166,7 @@ def plain_training(path: Path, **changed) -> dict:
 
     torch.manual_seed(s.seed)
     dit = models.build_dit(models.DITS[s.model] | dict(
-        in_channels=4, input_size=4, num_classes=10))
+        in_channels=4, input_size=4, num_classes=10, qk_norm=s.qk_norm))
     if s.init:
         dit, _ = checkpoints.load_dit(path.parent / s.init)
     weights = {name: p for name, p in dit.named_parameters() if p.requires_grad}
@@ -313,6 +313,7 @@ FLAGS = {   # and what they change in three steps of "small" with a rate of 0.1
     "--seed 3": dict(seed=3),
     "--model SiT-S/2": dict(model="SiT-S/2"),
     "--latent mean": dict(latent="mean"),
+    "--qk-norm": dict(qk_norm=True),
     "--optimizer muon": dict(muon=True),
     "--optimizer muon --model DiT-B": dict(muon=True, model="DiT-B"),
     "--lr 0.2": dict(lr=0.2),
@@ -340,7 +341,7 @@ def test_three_steps_with_a_flag(home, tmp_path, lively, monkeypatch, flags):
     kind = "muon" if "muon" in flags else "sit" if "SiT" in flags or "init" in flags else "adamw"
     usual, expected = plain_training(path), plain_training(path, **changed)
     check(found, expected, TOLERANCE[kind])
-    if changed and not {"model", "init"} & {*changed}:
+    if changed and not {"model", "init", "qk_norm"} & {*changed}:
         names = expected["ema"].keys()
         moved = difference(expected["start"], expected["ema"], names)
         assert difference(expected["ema"], usual["ema"], names) > 3 * TOLERANCE[kind] * moved
@@ -357,6 +358,13 @@ def test_a_transformer_for_other_classes_keeps_all_but_their_embeddings(home, tm
     assert_close(state["model"], known)
     assert new.shape == (11, 32) and torch.equal(new[10], old[7])
     assert (new[:7] - old[:7]).abs().mean() > 0.1
+
+
+def test_norms_cannot_be_added_to_a_trained_transformer(home, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_dit.main(["--tokenizer", str(home / "learned.pt"), "--out", str(tmp_path / "run"),
+                        "--init", str(home / "init.pt"), "--qk-norm"])
+    assert "has learned without --qk-norm" in capsys.readouterr().err
 
 
 def test_the_picture_shows_samples_of_the_average(home, tmp_path, lively, monkeypatch):
@@ -402,17 +410,17 @@ def test_flags_that_change_no_number(home, tmp_path, lively, monkeypatch):
 
 
 def test_networks_run_in_the_precision_of_the_flag(home, tmp_path, lively, monkeypatch):
-    """Latents of another precision are made anew, although the folder is the same."""
+    """Latents are made in float32, once for all."""
     modes, forward, posterior = [], models.DiT.forward, models.Tokenizer.posterior
     monkeypatch.setattr(models.DiT, "forward", lambda *inputs: (
         modes.append(torch.is_autocast_enabled("cpu")) or forward(*inputs)))
     monkeypatch.setattr(models.Tokenizer, "posterior", lambda *inputs: (
         modes.append(torch.is_autocast_enabled("cpu")) or posterior(*inputs)))
     cache = "--cache", str(tmp_path / "cache")
-    for precision, mode in (("auto", False), ("bf16", True), ("fp32", False)):
+    for precision, mode in (("bf16", True), ("auto", False), ("fp32", False)):
         three_steps(home / "learned.pt", tmp_path / precision, "--precision", precision, *cache)
         # One batch of images and its mirror images, three steps, and two for a picture.
-        assert modes == [mode] * 7
+        assert modes == (precision == "bf16") * [False, False] + [mode] * 5
         modes.clear()
 
 

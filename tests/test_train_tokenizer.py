@@ -458,7 +458,8 @@ def test_three_steps_of_a_preset_are_those_written_out(tmp_path, tiny, monkeypat
         torch.manual_seed(9)
         init = models.build_tokenizer(models.AUTOENCODERS["f16d32"]).state_dict()
         torch.save({"state_dict": init}, tmp_path / "published.pt")
-        flags += ["--init", str(tmp_path / "published.pt")]
+        flags += ["--init", str(tmp_path / "published.pt"), "--disc-start", "1"]
+        settings = settings | dict(disc_start=1)   # the file has no discriminator
     assert_main_does_the_same(tmp_path / "run", flags, settings, init)
 
 
@@ -863,6 +864,17 @@ def test_a_run_starts_from_its_own_exported_weights(tmp_path, tiny):
     for name, value in state["discriminator"].items():
         if not name.endswith(STATISTICS):
             assert torch.equal(again["discriminator"][name], value)
+
+
+def test_a_file_without_discriminator_says_so(tmp_path, tiny, capsys):
+    """An untrained one must not judge from the first step on."""
+    flags = [*ALL_NETWORKS, "--model", "f16d32"]
+    train(tmp_path / "a", *flags, "--disc-weight", "0")
+    start = flags + ["--init", str(tmp_path / "a/checkpoint.pt"), "--disc-start"]
+    said = refusal(capsys, tmp_path / "b", *start, "0")
+    assert "give --disc-start 2501" in said
+    train(tmp_path / "b", *start, "1")
+    assert "has no discriminator, which begins untrained" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------
