@@ -246,8 +246,9 @@ def linear_probe(rows: Tensor, y: Tensor, test: Tensor, test_y: Tensor, seed: in
                  epochs: int = 100, batch: int = 2048, lr: float = 0.008) -> float:
     """Share of test rows whose class a linear classifier of the rows finds.
 
-    Its training is that of GAE (appendix I): SGD with a constant rate, without
-    momentum and weight decay.  Rows are first divided by their common deviation.
+    It is trained as in GAE (appendix I), by SGD with a constant rate.  That there is no
+    momentum and no weight decay, and that rows are divided by their common deviation,
+    is our choice.
     The probe of latents.py, which is not compared with GAE's, is fitted to the end.
     """
     mean, std = rows.mean(0), rows.std()

@@ -36,8 +36,8 @@ from runtime import InputError, Runtime
 # ------------------------------------------------------------------------------
 # A preset is a row of defaults, and any flag overrides it.  "small" is for
 # photographs of 32 pixels on a CPU.  Those with a size are for one GPU; their models,
-# f8d8 and f16d32, have 24 pixel values for each latent value, which the paper's
-# lambda1 expects.  The paper trains at 2.5e-5 with batches of 64 and "mainly" follows
+# f8d8 and f16d32, have 24 pixel values for each latent value, as the paper's best has
+# (its f16d16 has 48, with the same lambda1).  The paper trains at 2.5e-5 with batches of 64 and "mainly" follows
 # the third stage of VA-VAE.  The discriminator starts at batch 2,501: VA-VAE's 5,001
 # counts the steps of two optimisers.
 # RESULTS.md has what the papers of GAE and DGAE leave open.
