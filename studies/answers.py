@@ -45,7 +45,8 @@ def arm_of(run: dict[str, Any], quality: str) -> Arm:
         made, start = row["generated"], row["starts"][str(START)]
         rows.append({
             "group": "level", "kept": 1, "training": row["training"], "e": start["e"],
-            "injected": start["injected"][quality], "ends": start["ends"][quality],
+            "injected": start["injected"][quality], "moved": start["moved"][quality],
+            "ends": start["ends"][quality], "e of samples": made["e"],
             "invalid": made[quality], "fd": made["fd"], "harm": made["fd"] - real["fd"],
             "distance": made["distance"], "farther": made["distance"] / real["distance"],
             "round trip": made["round_trip"] / real["round_trip"]})
@@ -133,11 +134,14 @@ def total(arm: Arm, base: Arm, k: int) -> float:
     return 100 * (arm["rows"][k]["fd"] / base["rows"][k]["fd"] - 1)
 
 
-def explained(arm: Arm) -> float | None:
-    """What normal noise like the errors costs real latents, over what the errors cost."""
+def explained(arm: Arm, by: str) -> float | None:
+    """What noise costs real latents, over what the errors cost, in percent.
+
+    by: "injected", normal noise like the errors; or "moved", the errors of other images.
+    """
     cost = sum(row["ends"] - arm["floor"] for row in levels(arm))
-    injected = sum(row["injected"] - arm["floor"] for row in levels(arm))
-    return injected / cost if cost > 0 else None
+    noise = sum(row[by] - arm["floor"] for row in levels(arm))
+    return 100 * noise / cost if cost > 0 else None
 
 
 def verdict(m1: list[float], m2: list[float], totals: list[float]) -> str:
@@ -178,9 +182,12 @@ def conclusions(arms: list[Arm]) -> list[str]:
         if below:
             lines.append(f"* {name} is better than {BASE} in real latents already, in {below} of "
                          f"{len(pairs)} seeds.")
-        if shares := [100 * s for s in map(explained, mine) if s is not None]:
+        normal, others = ([share for arm in mine if (share := explained(arm, by)) is not None]
+                          for by in ("injected", "moved"))
+        if normal:
             lines.append(f"* {name}: normal noise like the errors at t = {START} causes "
-                         f"{shown(shares, 0)} % of the loss that the errors cause.")
+                         f"{shown(normal, 0)} % of the loss that the errors cause, and the errors "
+                         f"of other images cause {shown(others, 0)} %.")
     paired = [arm for arm in arms if arm["arm"]["seed"]] or arms
     for key in ("e", "e / sigma", "e / tolerance"):
         value, low, high = scatter_of([*by_name(paired).values()], ABSCISSAE[key])

@@ -248,12 +248,13 @@ class Bench:
         it finds anew.  So e is not the distance from z.  It is that from the ends of the
         same transformer after the longest training, whose own error is not known.
 
-        generated  its samples, from noise
-        starts     for each t: e; the distance from z; the scores of the ends; and those of
-                   real latents with normal noise like the errors
+        generated  its samples, from noise, and their e
+        starts     for each t: e; the distance from z; the scores of the ends; those of real
+                   latents with normal noise like the errors; and with the errors of others
         """
-        made = ends["generated"].to(self.z)
-        found: dict[str, Any] = {"generated": self.judge(made, ends["y"].to(self.y)), "starts": {}}
+        made, longest = (of["generated"].to(self.z) for of in (ends, last))
+        found: dict[str, Any] = {"starts": {}, "generated": {
+            "e": size(made - longest), **self.judge(made, ends["y"].to(self.y))}}
         for t in ends.keys() - {"generated", "y"}:
             reached = ends[t].to(self.z)
             errors = reached - last[t].to(self.z)
@@ -261,7 +262,8 @@ class Bench:
             found["starts"][t] = {
                 "e": size(errors), "from_z": size(reached - self.z),
                 "ends": self.score(self.decode(reached), self.y),
-                "injected": self.score(self.decode(self.z + noise), self.y)}
+                "injected": self.score(self.decode(self.z + noise), self.y),
+                "moved": self.score(self.decode(self.z + errors.roll(1, 0)), self.y)}
         return found
 
 
