@@ -235,7 +235,8 @@ def tables(arms: list[Arm], rung: str) -> str:
         name: [shown([scale * row[key] for row in rows], digits)
                for rows in zip(*(arm["rows"] for arm in mine))] for name, mine in named.items()})
         for title, key, scale, digits in (
-            ("e [%], against the longest training", "e", 100, 1), ("Samples: FD", "fd", 1, 1),
+            ("e [%], against the longest training", "e", 100, 1),
+            ("The same from noise [%]", "e of samples", 100, 1), ("Samples: FD", "fd", 1, 1),
             *[(f"Samples: {quality}", "invalid", 1, 1)] * (quality != "FD"),
             ("M3: round trip", "round trip", 1, 2),
             ("M3: distance in sigmas", "farther", 1, 2))]
