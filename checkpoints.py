@@ -289,12 +289,17 @@ def read_tokenizer_parts(path: str | Path) -> dict[str, dict]:
     others = {name: tensors(file.get(name)) for name in PREFIXES}
     return {"model": tensors(file["model"])} | {k: part for k, part in others.items() if part}
 
-def begin_from(path: Path, parts: dict[str, Any]) -> list[str]:
-    """Fill those of the parts that a tokenizer's file has.  Returns which ones it lacks."""
+def begin_from(path: Path, parts: dict[str, Any], disc_start: int) -> None:
+    """Fill those of the parts that a tokenizer's file has.
+
+    disc_start: the step from which the discriminator counts.
+    """
     found = read_tokenizer_parts(path)
+    if "discriminator" in parts.keys() - found.keys() and disc_start == 0:
+        raise InputError(f"{path} has no discriminator, and an untrained one would do harm: "
+                         "give --disc-start 2501")
     for name in parts.keys() & found.keys():
         load_strict(parts[name], found[name], path)
-    return [name for name in PREFIXES if name in parts.keys() - found.keys()]
 
 def from_ldm(file: dict, path: Path) -> dict:
     """Entries of ours, with a config that is read off the tensors."""
@@ -459,6 +464,18 @@ def load_dit(path: str | Path) -> tuple[models.DiT, dict]:
     state = file["ema"] if "kind" in file else file.get("ema") or file["model"]
     return build(models.build_dit, file["model_config"], state, path), file
 
+def load_guide(path: Path, dit: Path, origin: dict, tokenizer: dict,
+               stats: Path | None) -> models.DiT:
+    """A DiT to guide that of `origin`, the file `dit`: its latents and classes are the same."""
+    guide, file = load_dit(path)
+    same = [net["model_config"][k] for net in (origin, file)
+            for k in ("in_channels", "input_size", "num_classes")]
+    sha256 = [net.get("tokenizer", {}).get("sha256") for net in (origin, file)]
+    if same[:3] != same[3:] or sha256[0] != sha256[1] or not all(map(torch.equal, *(
+            statistics(*net, tokenizer, stats) for net in ((dit, origin), (path, file))))):
+        raise InputError(f"{path} cannot guide {dit}: other latents or classes")
+    return guide
+
 def tokenizer_of(path: Path, file: dict) -> Path:
     """The file of the tokenizer that a DiT's file names.
 
@@ -562,6 +579,8 @@ def export(path: Path, form: str, to: Path) -> None:
         raise InputError(f"{path} is a published file already: give one of ours")
     if lacking := [k for k in ("latent_mean", "latent_std") if k not in file]:
         raise InputError(f"{path} has no {lacking[0]}: train it again")
+    if form != "diffusers" and (to.suffix == ".safetensors" or to.exists() and to.samefile(path)):
+        raise InputError(f"{form} cannot be written to {to}: name another file, such as {form}.pt")
     if form == "diffusers":
         state, config = to_diffusers(file, path)
         write_safetensors(state, to / "diffusion_pytorch_model.safetensors")

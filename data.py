@@ -292,6 +292,7 @@ def open_dataset(name: str, size: int, split: str, seed: int = 0,
     images, which are one class.  Or it has train/ and one of HELD_OUT, each of them like
     that.  If train/ has classes and val/ is flat, as in ImageNet, the labels of val/ are -1.
     Without one of HELD_OUT the split val is the same as train, as stderr then says.
+    How a camera was held (EXIF) is ignored, as by the codes behind published FIDs.
     """
     if name == "shapes":
         return Shapes(size, split, seed)

@@ -134,6 +134,8 @@ def prepare(path, dit, source, masks, size, choice, limit, decode, seed, batch, 
     tokenizer.to(device)
     masks = Path() if isinstance(images, data.Shapes) else masks
     count = min(limit or len(images), len(images))
+    if decode < 2:
+        raise InputError("--decode 1 leaves no distance: give 2 or more")
     common, train = (seed, batch, workers, device), {}
     val = encode(tokenizer, images, count, min(decode, count), masks, *common)
     z, samples = (Standardised(val[name], device) for name in ("mean", "sample"))

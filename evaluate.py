@@ -76,14 +76,17 @@ def parse(argv):
         " training images of --data: reconstructions, latents, interpolations")
     add("--smoke", action="store_true", help="a few images of other smoke runs")
     args = p.parse(argv, smoke=SMOKE)
+    if args.write_reference and args.write_images:
+        raise InputError("--write-reference and --write-images take a command each")
     if args.write_reference:
         if not args.data or args.write_reference.suffix != ".npz":
             raise InputError("--write-reference takes a FILE.npz, and needs --data")
     elif args.write_images:
         if len(args.tokenizer) != 1 or not args.data:
             raise InputError("--write-images needs one --tokenizer, and --data")
-        if args.write_images.resolve().is_relative_to(Path(args.data).resolve()):
-            raise InputError("--write-images must not lie in the folder --data")
+        inner, outer = args.write_images.resolve(), Path(args.data).resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise InputError("--write-images and --data must not lie in each other")
     elif not (args.tokenizer or args.samples):
         runs = Path("runs/smoke" if args.smoke else "runs")
         args.tokenizer = [*map(str, runs.glob(TOKENIZER))]
@@ -203,7 +206,7 @@ def read_reference(path, size, net, read):
     images = data.ArraySamples(path)
     if images.size != size:
         raise InputError(f"{path} has {images.size} pixels a side, the samples {size}")
-    found = extract(images, net, read, len(images))
+    found = extract(images, net, read, read.count(images))
     return found | {"gaussians": stored or found["gaussians"]}
 
 
@@ -407,6 +410,8 @@ def read_labels(path, count):
 def score_samples(path, reference, source, size, choice, cache, read):
     """The row of a file or folder of samples."""
     samples, beside = data.open_images(path, size), Path(f"{path.removesuffix('.npz')}.json")
+    if size not in (None, samples.size):
+        raise InputError(f"{path} has {samples.size} pixels a side: leave out --size")
     facts = runtime.read_json(beside) if beside.is_file() else {}
     made_of, seed = facts.get("data"), facts.get("data_seed", 0)
     if not isinstance(made_of, str | None) or not isinstance(seed, int):
@@ -436,6 +441,7 @@ def score_samples(path, reference, source, size, choice, cache, read):
     scores, count = compare(fake, real, net, labels, device), 0
     if held_out and not held_out.note:   # a note says that nothing is held out
         count = min(read.count(samples), len(held_out))
+    if count >= max(2, read.rt.world):
         held = extract(held_out, net, read, count)
         labels = held["labels"] if [*held_out.classes] == [*data.SHAPES] else None
         floor = compare(held, real, net, labels, device)
@@ -471,14 +477,14 @@ def show(row):
 def plot(rows, path):
     """A column of panels for each metric, a row for each kind of noise."""
     from matplotlib.figure import Figure
-    names = list(rows[0]["curve"][0])[2:]
+    names = [*dict.fromkeys(name for row in rows for name in [*row["curve"][0]][2:])]
     kinds = {"absolute": "noise", "relative": "noise / spread of the latent"}
     figure = Figure((3 * len(names), 5), layout="tight")
     axes = figure.subplots(2, len(names))
     for line, (kind, unit) in zip(axes, kinds.items()):
         for ax, name in zip(line, names):
             for row in rows:
-                points = [p for p in row["curve"] if p["noise"] in ("none", kind)]
+                points = [p for p in row["curve"] if p["noise"] in ("none", kind) and name in p]
                 ax.plot([p["level"] for p in points], [p[name] for p in points],
                         "o-", label=Path(row["of"]).parent.name or row["of"])
             ax.set(xlabel=unit, ylabel=name)
@@ -490,12 +496,11 @@ def report(rows, out, seed, rt):
     about = runtime.provenance(rt.device) | {"seed": seed, "processes": rt.world}
     for row in rows:
         show(row)
-    curves = [row for row in rows if len(row.get("curve", [])) > 1]
     written = out / "results.json"
-    if curves:
+    runtime.write_json(written, [row | about for row in rows])
+    if curves := [row for row in rows if len(row.get("curve", [])) > 1]:
         plot(curves, out / "noise_curve.png")
         written = f"{written} and {out / 'noise_curve.png'}"
-    runtime.write_json(out / "results.json", [row | about for row in rows])
     print(f"\nwrote {written}")
 
 

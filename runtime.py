@@ -305,8 +305,8 @@ def number(kind: type, text: str, fits: Callable[[Any], bool]) -> Callable[[str]
 
 positive_int = number(int, "a whole number from 1 to 10^12", lambda n: 1 <= n <= 10**12)
 natural_int = number(int, "a whole number from 0 to 10^12", lambda n: 0 <= n <= 10**12)
-positive = number(float, "a finite number above 0", lambda v: 0 < v < math.inf)
-non_negative = number(float, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
+positive = number(float, "a number above 0 and up to 10^12", lambda v: 0 < v <= 1e12)
+non_negative = number(float, "a number from 0 to 10^12", lambda v: 0 <= v <= 1e12)
 finite = number(float, "a finite number", math.isfinite)
 fraction = number(float, "a number of at least 0 and below 1", lambda v: 0 <= v < 1)
 share = number(float, "a number from 0 to 1", lambda v: 0 <= v <= 1)
@@ -642,7 +642,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     and Pillow choose the format by it.  What the disk refuses is an InputError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-unfinished-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -731,8 +731,10 @@ def lock(folder: Path, shared: bool = False) -> None:
         file.write(f"process {os.getpid()} on {socket.gethostname()} ({command_line()})")
         file.flush()
         for left in (*folder.glob(".*"), *folder.glob("*/.*")):
-            # by processes that were killed while they wrote
-            if re.match(r"\.\d+-", left.name) and left.is_file():
+            # By processes that were killed while they wrote.  A folder inside may be
+            # another run's, which then has a lock there.
+            inside = left.parent != folder and (left.parent / ".lock").exists()
+            if re.match(r"\.\d+-unfinished-", left.name) and left.is_file() and not inside:
                 left.unlink()
 
 
@@ -856,8 +858,8 @@ class FiniteCheck:
         for step, names, values in self.pending:
             for name, value in zip(names, values.tolist()):
                 if not math.isfinite(value):
-                    raise InputError(f"step {step}: {name} is {value}; the last checkpoint is "
-                                     "still good. Lower --lr, or use --precision fp32")
+                    raise InputError(f"step {step}: {name} is {value}; what was saved before is "
+                                     "good. Lower --lr, or use --precision fp32")
         self.pending.clear()
 
 

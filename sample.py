@@ -112,25 +112,18 @@ class Networks:
     def __init__(self, dit: Path, tokenizer: Path | None, stats: Path | None,
                  guide: Path | None, decode_steps: int | None, device: torch.device) -> None:
         self.dit, origin = checkpoints.load_dit(dit)
-        config, named = self.dit.config, origin.get("tokenizer", {})
+        config = self.dit.config
         channels, side = config["in_channels"], config["input_size"]
         self.shape, self.null = [channels, side, side], config["num_classes"]
         self.classes = origin.get("classes") or [str(i) for i in range(self.null)]
         tokenizer = tokenizer or checkpoints.tokenizer_of(dit, origin)
         self.tokenizer, file = checkpoints.load_tokenizer(tokenizer, decode_steps)
         checkpoints.check_pair(dit, origin, tokenizer, self.tokenizer.channels)
-        self.data = origin.get("config", {}).get("data") if "kind" in origin else None
+        trained = origin["config"] if "kind" in origin else {}
+        self.data, self.label_dropout = trained.get("data"), trained.get("label_dropout")
         self.data_seed = file.get("config", {}).get("seed", 0)
         self.mean, self.std = checkpoints.statistics(dit, origin, file, stats)
-
-        self.guide = None
-        if guide:
-            self.guide, other = checkpoints.load_dit(guide)
-            keys = "in_channels", "input_size", "num_classes"
-            if (any(self.guide.config[k] != config[k] for k in keys)
-                    or other.get("tokenizer", {}).get("sha256") != named.get("sha256")):
-                raise InputError(f"{guide} cannot guide {dit}: other latents or classes")
-            self.guide.to(device)
+        self.guide = guide and checkpoints.load_guide(guide, dit, origin, file, stats).to(device)
         self.dit.to(device)
         self.tokenizer.to(device)
         files = [path for path in (dit, tokenizer, stats, guide) if path]
@@ -162,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     runtime.claim(rt, args.out, args.out / "samples.npz")
     net = Networks(args.dit, args.tokenizer, args.latent_stats, args.guide,
                    args.decode_steps, rt.device)
+    if args.guidance != 1 and not args.guide and net.label_dropout == 0:
+        raise InputError(f"{args.dit} has learned with every label: use --guidance 1, or --guide")
     for dit in filter(None, [net.dit, net.guide]):
         rt.compile(args.compile, *dit.blocks)
     classes = net.find(args.classes)

@@ -71,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer", type=Path, default=Path("runs/tokenizer/checkpoint.pt"),
         help="checkpoint, ours or a published one")
     add("--data", help="shapes, cifar10 or a folder; default: the tokenizer's")
+    add("--size", type=count, help="side of the images; default: the tokenizer's, or 256")
     add("--latents", type=Path, help="folder of LightningDiT's files, in place of --data")
     add("--cache", type=Path, default=Path("runs/latents"), help="folder of latents")
     add("--latent", choices=["sample", "mean"], default="sample",
@@ -106,9 +107,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 # posterior.  How z is drawn from them only the tokenizer knows.
 
 
-def encode_images(name: str | None, shapes: int, cache: Path, tokenizer: models.Tokenizer,
-                  origin: dict, sha256: str, workers: int, accept: bool,
-                  rt: Runtime) -> data.LatentSet:
+def encode_images(name: str | None, size: int | None, shapes: int, cache: Path,
+                  tokenizer: models.Tokenizer, origin: dict, sha256: str, workers: int,
+                  accept: bool, rt: Runtime) -> data.LatentSet:
     """The latents of the images `name`: those in `cache`, or new ones.
 
     origin, sha256: the content of the tokenizer's file, and its hash.
@@ -117,7 +118,7 @@ def encode_images(name: str | None, shapes: int, cache: Path, tokenizer: models.
     if name is None:
         raise InputError("the tokenizer's file names no images: give --data")
     known = dict(size=256, seed=0) | origin.get("config", {})
-    dataset = data.open_dataset(name, known["size"], "train", known["seed"])
+    dataset = data.open_dataset(name, size or known["size"], "train", known["seed"])
     if name == "shapes":
         dataset.length = shapes  # they have no end of their own
     rt.print(data.summary(dataset))
@@ -137,11 +138,12 @@ class TimeBins:
     """The squared error since the last `read`, in ten bins of t."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, 10, device=device)
+        kind = None if device.type == "mps" else torch.float64   # adds up to the same in any order
+        self.sums = torch.zeros(2, 10, dtype=kind, device=device)
 
     def add(self, t: Tensor, errors: Tensor) -> None:
         index = (10 * t).long().clamp(max=9)
-        self.sums.index_add_(1, index, torch.stack([errors, torch.ones_like(t)]))
+        self.sums.index_add_(1, index, torch.stack([errors, torch.ones_like(t)]).to(self.sums))
 
     def total(self) -> Tensor:
         return runtime.all_reduce_sum(self.sums.clone())
@@ -203,12 +205,15 @@ class Learner:
             optimizer.zero_grad()
         self.ema.update()
 
-    def resume(self, path: Path, config: dict, is_main: bool) -> int:
+    def resume(self, path: Path, config: dict, classes: list[str], is_main: bool) -> int:
         """Go on from the checkpoint, if there is one.  Returns its step."""
         state = checkpoints.resume(path, "dit", config, FREE, model=self.dit, ema=self.ema.model,
                                    optimizers=self.optimizers, errors_by_t=self.bins.sums)
         self.bins.sums *= is_main   # those of the file are of all processes
         self.ema.updates = state.get("ema_updates", 0)
+        if state.get("classes", classes) != classes:
+            raise InputError(f"{path} has other classes than the images have now: choose "
+                             "another --out")
         return state.get("step", 0)
 
 
@@ -247,8 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         latents = data.open_lightningdit_latents(args.latents, tokenizer.channels)
     else:
         args.data = args.data or origin.get("config", {}).get("data")
-        latents = encode_images(args.data, args.shapes, args.cache, tokenizer, origin, sha256,
-                                args.workers, args.accept_data, rt)
+        latents = encode_images(args.data, args.size, args.shapes, args.cache, tokenizer, origin,
+                                sha256, args.workers, args.accept_data, rt)
     mean, std = latents.statistics(args.latent)
     if args.epochs:
         args.steps = runtime.steps_of(args.epochs, len(latents), args.batch)
@@ -266,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {  # by content, not by name
         "tokenizer": sha256, "data_sha256": latents.sha256}
-    done = learner.resume(checkpoint, config, rt.is_main)
+    done = learner.resume(checkpoint, config, latents.classes, rt.is_main)
     network = rt.wrap(dit)
 
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)

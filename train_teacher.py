@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
             runtime.barrier()
         if stop:
             raise runtime.Stopped(f"stopped at step {step}; the same command goes on")
-    rt.print(f"{checkpoint} has {args.steps} steps")
+    rt.print(f"{checkpoint} has {max(done, args.steps)} steps")
 
 
 @torch.no_grad()

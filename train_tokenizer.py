@@ -36,11 +36,10 @@ from runtime import InputError, Runtime
 # ------------------------------------------------------------------------------
 # A preset is a row of defaults, and any flag overrides it.  "small" is for
 # photographs of 32 pixels on a CPU.  Those with a size are for one GPU; their models,
-# f8d8 and f16d32, have 24 pixel values for each latent value, as the paper's best has
-# (its f16d16 has 48, with the same lambda1).  The paper trains at 2.5e-5 with batches of 64 and "mainly" follows
-# the third stage of VA-VAE.  The discriminator starts at batch 2,501: VA-VAE's 5,001
-# counts the steps of two optimisers.
-# RESULTS.md has what the papers of GAE and DGAE leave open.
+# f8d8 and f16d32, have 24 pixel values for each latent value, as the paper's best.
+# The paper trains at 2.5e-5 with batches of 64 and "mainly" follows the third stage of
+# VA-VAE.  The discriminator starts at batch 2,501, as VA-VAE's 5,001 counts the steps
+# of two optimisers.  RESULTS.md has what the papers of GAE and DGAE leave open.
 
 ALL = dict(
     perceptual_weight=0.0, disc_weight=0.0, align_weight=0.0, semantic_weight=0.0, ve_warmup=0,
@@ -146,7 +145,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=positive, default=1.0, help="largest gradient norm, per pixel")
     runtime.add_card_flags(p)
     runtime.add_running_flags(p)
-    return p.parse(argv, PRESETS, SMOKE)
+    args = p.parse(argv, PRESETS, SMOKE)
+    if args.smoke and args.teacher == GAE_NOISE["teacher"]:
+        args.teacher = "runs/smoke/teacher/checkpoint.pt"
+    return args
 
 
 # ------------------------------------------------------------------------------
@@ -211,8 +213,8 @@ def build(args: argparse.Namespace, rt: Runtime) -> models.Tokenizer:
     tokenizer = models.build_tokenizer(row | dict(noise=noise, sigma=sigma))
     size, stride = row.get("image_size", args.size), tokenizer.stride
     if args.size != size or args.size % stride:
-        raise InputError(f"--model {args.model} cannot take --size {args.size}: it needs "
-                         f"{size}, as a multiple of {stride}")
+        needed = row.get("image_size", f"a multiple of {stride}")
+        raise InputError(f"--model {args.model} cannot take --size {args.size}: it needs {needed}")
     if args.preset.endswith("finetune") and args.init is None:
         raise InputError(f"--preset {args.preset} needs a published --init")
     return tokenizer.to(rt.device, memory_format=torch.channels_last)
@@ -272,10 +274,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = args.out / "checkpoint.pt"
     config = runtime.plain(args) | {"data_sha256": data.fingerprint(train)}
     done = checkpoints.resume(checkpoint, "tokenizer", config, FREE, **parts).get("step", 0)
-    for name in checkpoints.begin_from(args.init, parts) if args.init and not done else ():
-        rt.print(f"{args.init} has no {name}, which begins untrained")
-        if name == "discriminator" and args.disc_start == 0:
-            raise InputError("an untrained discriminator would do harm: give --disc-start 2501")
+    if args.init and not done:
+        checkpoints.begin_from(args.init, parts, args.disc_start)
     log = runtime.Log(args.out / "log.jsonl", config, rt, done)
 
     finite = runtime.FiniteCheck(rt.device)
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
             runtime.barrier()
         if stop:
             raise runtime.Stopped(f"stopped at step {step}; the same command goes on")
-    rt.print(f"{checkpoint} has {args.steps} steps")
+    rt.print(f"{checkpoint} has {max(done, args.steps)} steps")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ def arm_of(run: dict[str, Any], quality: str) -> Arm:
     name = run["arm"] + " at seed 0" * (run["seed"] == 0)
     return {"arm": {key: run[key] for key in ("family", "value", "seed")} | {"name": name},
             "rows": rows, "tolerance": tolerance, "floor": real[quality],
-            "lost": [*zip(size, lost)], "added": [*zip(size, added)], "images": real["images"]["fd"],
-            "made by": " ".join(made_by), "scores": run["settings"]["scores"],
+            "lost": [*zip(size, lost)], "added": [*zip(size, added)],
+            "images": real["images"]["fd"], "made by": " ".join(made_by),
+            "scores": run["settings"]["scores"],
             "sigma": real["sigma"], "psnr": real["psnr"], "fd": real["fd"]}
 
 

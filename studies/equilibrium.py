@@ -113,7 +113,7 @@ def equilibrium(
 
 
 def measure_equilibrium(
-    tokenizer: models.Tokenizer, config: dict[str, Any], n: int
+    tokenizer: models.Tokenizer, config: dict[str, Any], lambda1: float, n: int
 ) -> tuple[dict[str, Any], Tensor]:
     """Eq. 14 on n held-out images, for the VE loss, and the mean sigma^2 [C]."""
     place = next(tokenizer.parameters()).device
@@ -126,7 +126,7 @@ def measure_equilibrium(
         pair = (trained_loss_slope(tokenizer.decode, x, mean, sigma, 32, g),
                 squared_error_slope(tokenizer.decode, mean, 16, g))
         flat = (a.flatten().cpu() for a in (sigma, *pair))
-        found = equilibrium(*flat, config["lambda1"])
+        found = equilibrium(*flat, lambda1)
     return found, logvar.exp().mean((0, 2, 3))
 
 
@@ -190,10 +190,16 @@ def main(argv: list[str] | None = None) -> None:
     if "config" not in source:
         raise InputError(f"{path} does not name its images: give one of train_tokenizer.py")
     dit, tokenizer = (net.to(place).requires_grad_(False) for net in (dit, tokenizer))
-    found, sigma2 = measure_equilibrium(tokenizer, source["config"], args.count)
+    config, moved = source["config"], source.get("lambda1")   # by --target-noise
+    lambda1 = moved["log_lambda1"].exp().item() if moved else config["lambda1"]
+    trained = config["loss"] == "ve" and not config.get("perceptual_weight") and lambda1 > 0
+    if config["loss"] == "ve" and (tokenizer.diffuses or not trained):
+        raise InputError(f"{path}: Eq. 14 is measured for the L1 error, a decoder of one step "
+                         "and a lambda1 above 0")
+    found, sigma2 = measure_equilibrium(tokenizer, config, lambda1, args.count)
     mean, std = (checkpoint[f"latent_{key}"].to(place) for key in ("mean", "std"))
     found |= measure_sampler(dit, tokenizer, mean, std, sigma2, args.count, args.steps)
-    found["lambda1"] = source["config"]["lambda1"]
+    found["lambda1"] = lambda1
     runtime.write_json(args.out, found)
 
 

@@ -586,6 +586,8 @@ def test_transformers_that_are_not_known(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["tokenizer.pt", "--to", "lightningdit", "out.pt"], 'holds a "tokenizer", not a "dit"'),
     (["vit.pt", "--to", "vavae", "out.pt"], "holds a ViT"),
+    (["tokenizer.pt", "--to", "vavae", "out.safetensors"], "such as vavae.pt"),
+    (["tokenizer.pt", "--to", "vavae", "tokenizer.pt"], "name another file"),
     (["dgae.pt", "--to", "vavae", "out.pt"], "holds a U-Net"),
     (["dit.pt", "--to", "sit", "out.pt"], "only --to lightningdit"),
     (["bare.pt", "--to", "lightningdit", "out.pt"], "published file already"),

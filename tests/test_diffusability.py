@@ -335,6 +335,7 @@ BAD = """
 --tokenizer a/t.pt --limit 15                        | has 15 images to look at, and 16
 --tokenizer a/t.pt --limit 0                         | --limit
 --tokenizer a/t.pt --decode 0                        | --decode
+--tokenizer a/t.pt --decode 1                        | give 2 or more
 --tokenizer a/t.pt --masks masks                     | --masks are for folders
 --tokenizer a/t.pt --data classes --masks masks8     | masks8/class0/0.png has (8, 8) pixels
 --tokenizer a/t.pt --data classes --masks masks_few  | masks_few/class1/3.png is no mask

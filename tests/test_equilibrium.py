@@ -114,3 +114,23 @@ def test_a_transformer_whose_flow_is_known(tmp_path, monkeypatch):
     expected = factor * noise.square().mean().sqrt().item()
     assert_close(found["sampler_error"], expected, rtol=1e-4, atol=0)
     assert {"equilibrium_slope", "trace_slope", "lambda1"} <= set(found)
+
+
+def test_a_lambda1_that_was_moved(tmp_path, monkeypatch):
+    """--target-noise leaves it in the tokenizer's file."""
+    train_tokenizer.main(["--smoke", "--device", "cpu", "--out", f"{tmp_path}/t",
+                          "--target-noise", "0.1", "--steps", "40"])
+    train_dit.main(["--smoke", "--device", "cpu", "--tokenizer",
+                    f"{tmp_path}/t/checkpoint.pt", "--out", f"{tmp_path}/d",
+                    "--cache", f"{tmp_path}/latents"])
+    equilibrium.main([f"{tmp_path}/d/checkpoint.pt", f"{tmp_path}/m.json",
+                      "--count", "4", "--steps", "2", "--device", "cpu"])
+    file = checkpoints.read(tmp_path / "t/checkpoint.pt")
+    found = json.loads((tmp_path / "m.json").read_text())["lambda1"]
+    assert found == pytest.approx(file["lambda1"]["log_lambda1"].exp().item(), rel=1e-6)
+    assert abs(found / file["config"]["lambda1"] - 1) > 0.1
+    file["config"]["perceptual_weight"] = 1.0
+    checkpoints.save(file, tmp_path / "t/checkpoint.pt")
+    with pytest.raises(SystemExit):
+        equilibrium.main([f"{tmp_path}/d/checkpoint.pt", f"{tmp_path}/m.json", "--tokenizer",
+                          f"{tmp_path}/t/checkpoint.pt", "--device", "cpu"])

@@ -197,13 +197,44 @@ def test_real_images_are_as_many_as_samples(monkeypatch):
     assert found == pytest.approx(floor, rel=1e-5)
 
 
+def test_one_held_out_image_gives_no_floor():
+    folder("set/train/a", samples("a.npz", 6))
+    folder("set/val/a", samples("b.npz", 1))
+    row, = run("--samples", "a.npz", "--reference", "set")
+    assert row["protocol"]["held_out_images"] == 1
+    assert FD in row["metrics"] and not any("real images" in name for name in row["metrics"])
+
+
+def test_the_settings_of_the_sampler_stand_beside_the_scores():
+    samples("s.npz", 24)
+    Path("s.json").write_text(json.dumps(
+        {"data": "shapes", "data_seed": 3, "steps": 25, "labels": "random", "out": "x"}))
+    row, = run("--samples", "s.npz", "--limit", 30)
+    assert row["protocol"]["sampling"] == {"steps": 25, "labels": "random"}
+    assert row["protocol"]["reference_sha256"]
+
+
+def test_tokenizers_with_different_metrics_are_drawn_together(painted, monkeypatch):
+    """The judge speaks of the first alone, and results are there before the figure."""
+    rows = [{"of": f"{name}/t.pt", "curve": [
+        {"noise": kind, "level": level, "PSNR": 20.0, **more}
+        for kind, level in (("none", 0), ("absolute", 0.1), ("relative", 0.1))]}
+        for name, more in (("a", {"recognised": 0.5}), ("b", {}))]
+    evaluate.plot(rows[::-1], Path("curve.png"))
+    assert Path("curve.png").stat().st_size > 1000
+    monkeypatch.setattr(evaluate, "plot", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--tokenizer", "checkpoint.pt", "--limit", 8)
+    assert Path("runs/evaluation/results.json").stat().st_size > 100
+
+
 def test_equal_sets_and_folders():
     """A folder of loose images, one with train/ and val/, and an .npz are alike."""
     pixels = samples("a.npz", 12)
     folder("loose", pixels)
     folder("set/train", pixels)
     folder("set/val", pixels)
-    left = Path("runs/evaluation/cache/.123-features.pt")   # by a process that was killed
+    left = Path("runs/evaluation/cache/.123-unfinished-features.pt")   # by a killed process
     left.parent.mkdir(parents=True)
     left.touch()
     same, = run("--samples", "loose", "--reference", "set")

@@ -73,8 +73,8 @@ def test_temporary_files_are_found(tmp_path):
     (tmp_path / "run/images").mkdir(parents=True)
     (tmp_path / "run/checkpoint.pt").touch()
     bench.nothing_left(tmp_path)
-    (tmp_path / "run/images/.123-0000004.png").touch()
-    with pytest.raises(Broken, match="123-0000004"):
+    (tmp_path / "run/images/.123-unfinished-0000004.png").touch()
+    with pytest.raises(Broken, match="123-unfinished-0000004"):
         bench.nothing_left(tmp_path)
 
 

@@ -507,7 +507,7 @@ def other(folder, *shared) -> str:
 
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
-    folder, left = tmp_path / "run", tmp_path / "run/.123-checkpoint.pt"
+    folder, left = tmp_path / "run", tmp_path / "run/.123-unfinished-checkpoint.pt"
     folder.mkdir()
     left.touch()
     rt = Runtime(CPU)
@@ -522,6 +522,19 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     runtime.finish()
     assert os.listdir(folder) == ["file"]
     assert other(folder) == "has it"
+
+
+def test_only_what_killed_writers_left_is_removed(tmp_path):
+    """Not what a run in a folder inside is writing now, nor files of the user."""
+    gone, kept = [".7-unfinished-a.pt", "images/.7-unfinished-1.png"], [
+        ".2024-01-diary.txt", "images/.7-notes", "inner/.7-unfinished-checkpoint.pt", "inner/.lock"]
+    for name in gone + kept:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    runtime.claim(Runtime(CPU), tmp_path)
+    runtime.finish()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*kept}
 
 
 def test_a_folder_that_received_nothing_goes_away_again(tmp_path):

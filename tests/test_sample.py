@@ -372,6 +372,17 @@ def test_presets_are_defaults(flags, expected):
     assert {key: args[key] for key in expected} == expected
 
 
+def test_guidance_needs_an_embedding_that_was_trained(dit, guide, tmp_path, capsys):
+    """That of no label is not, where every label was shown."""
+    file = checkpoints.read(dit)
+    file["config"]["label_dropout"] = 0.0
+    checkpoints.save(file, dit.with_name("labelled.pt"))
+    start = ["--dit", str(dit.with_name("labelled.pt")), "--out", str(tmp_path / "out"), *USUAL]
+    assert "use --guidance 1, or --guide" in refused(capsys, *start)
+    for flags in (["--guidance", "1"], ["--guide", str(guide)]):
+        draw(Path(start[1]), tmp_path / flags[0], *USUAL, *flags)
+
+
 def test_files_that_do_not_belong_together_are_refused(dit, tokenizer, tmp_path, capsys):
     other = make_tokenizer(tmp_path / "tokenizer.pt", noise="none")
     start = ["--dit", str(dit), "--out", str(tmp_path / "out"), "--guidance", "2"]
@@ -380,6 +391,10 @@ def test_files_that_do_not_belong_together_are_refused(dit, tokenizer, tmp_path,
     for guide in (make_dit(tmp_path / "a.pt", other), make_dit(tmp_path / "b.pt", tokenizer,
                                                                num_classes=7)):
         assert "cannot guide" in refused(capsys, *start, "--guide", str(guide))
+    scaled = checkpoints.read(dit)   # its latents are divided by other numbers
+    scaled["latent_std"] = 2 * scaled["latent_std"]
+    checkpoints.save(scaled, tmp_path / "c.pt")
+    assert "cannot guide" in refused(capsys, *start, "--guide", str(tmp_path / "c.pt"))
     assert not (tmp_path / "out").exists()
 
 

@@ -441,7 +441,7 @@ def test_every_flag_is_tested():
              if name not in train_dit.COMMON}
     tested = re.findall("--[a-z-]+", " ".join(FLAGS)) + [
         "--save-every", "--recompute", "--compile", "--workers", "--precision", "--cache",
-        "--preset", "--tokenizer", "--data", "--accept-data", "--latents", "--out", "--device",
+        "--preset", "--tokenizer", "--data", "--size", "--accept-data", "--latents", "--out", "--device",
         "--smoke"]
     assert flags <= {*tested}
 
@@ -544,16 +544,16 @@ def test_the_errors_of_a_checkpoint_go_on_in_one_process_alone(tmp_path):
         dit = models.build_dit(models.DITS["demo"] | sizes)
         return train_dit.Learner(dit, "adamw", 1e-3, [0.9, 0.95], 0.9)
 
-    first, errors = learner(), torch.rand(2, 10)
+    first, errors = learner(), torch.rand(2, 10).double()
     checkpoints.save({
         "kind": "dit", "config": {"lr": 1e-3}, "step": 7, "model_config": first.dit.config,
         "model": first.dit.state_dict(), "ema": first.ema.state_dict(), "ema_updates": 7,
         "optimizers": [o.state_dict() for o in first.optimizers], "errors_by_t": errors,
-        "tokenizer": {}, "classes": [], "latent_mean": torch.zeros(4),
+        "tokenizer": {}, "classes": ["a"], "latent_mean": torch.zeros(4),
         "latent_std": torch.ones(4)}, tmp_path / "c.pt")
     for is_main in (True, False):
         other = learner()
-        assert other.resume(tmp_path / "c.pt", {"lr": 1e-3}, is_main) == 7
+        assert other.resume(tmp_path / "c.pt", {"lr": 1e-3}, ["a"], is_main) == 7
         assert torch.equal(other.bins.sums, errors * is_main) and other.ema.updates == 7
 
 
@@ -642,6 +642,18 @@ def test_images_that_have_changed_are_refused_or_accepted(tokenizer, pictures, t
     flags = flags_of(tokenizer, tmp_path / "run", "--data", str(folder))
     assert "images have changed" in refused(capsys, *flags)
     assert train(tokenizer, tmp_path / "run", "--data", str(folder), "--accept-data")["step"] == 4
+    for part in [*folder.glob("b"), *folder.glob("*/b")]:   # labels would change places
+        part.rename(part.with_name("A"))
+    flags = flags_of(tokenizer, tmp_path / "run", "--data", str(folder), "--accept-data")
+    assert "has other classes" in refused(capsys, *flags)
+
+
+def test_images_of_another_size(tokenizer, pictures, tmp_path):
+    """A published tokenizer does not say for which size it is."""
+    published = tmp_path / "published.pt"
+    checkpoints.save({"state_dict": checkpoints.read(tokenizer)["model"]}, published)
+    state = train(published, tmp_path / "run", "--data", str(pictures), "--size", "24")
+    assert state["latent_shape"][1] == 24 // checkpoints.load_tokenizer(tokenizer)[0].stride
 
 
 def test_another_tokenizer_under_the_same_name_is_refused(tokenizer, tmp_path, capsys):

@@ -349,7 +349,7 @@ def losses(value: Any) -> Any:
     return value
 
 
-UNFINISHED = r"\.\d+-.*|\.lock|tmp.*"   # temporary files and locks
+UNFINISHED = r"\.\d+-unfinished-.*|\.lock|tmp.*"   # temporary files and locks
 
 
 def nothing_left(folder: Path, pattern: str = rf"{UNFINISHED}|\.parts.*|chunks") -> None:
