@@ -461,7 +461,8 @@ def test_export_makes_other_noise_a_constant_log_variance(tmp_path, noise, std):
 
 
 @pytest.mark.parametrize("form, config", [
-    ("lightningdit", LIGHTNINGDIT), ("sit", SIT), ("sit", SIT | dict(learn_sigma=True))])
+    ("lightningdit", LIGHTNINGDIT), ("sit", SIT), ("sit", SIT | dict(learn_sigma=True)),
+    ("sit", SIT | dict(qk_norm=True)), ("lightningdit", LIGHTNINGDIT | dict(qk_norm=True))])
 @torch.no_grad()
 def test_export_of_a_transformer_and_back(tmp_path, form, config):
     """SiT's network has twice the channels; the first half is the velocity."""
@@ -473,6 +474,7 @@ def test_export_of_a_transformer_and_back(tmp_path, form, config):
     torch.save(container["model"], tmp_path / "model.pt")
     net, _ = checkpoints.load_dit(tmp_path / "model.pt")
     assert net.config["learn_sigma"] == (form == "sit")
+    assert net.config["qk_norm"] == config.get("qk_norm", False)
     inputs = arr("x_t", 2, 8, 8, 8), T, Y
     assert_close(net(*inputs), transformer(config)(*inputs))
 
