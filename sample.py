@@ -119,7 +119,7 @@ class Networks:
         tokenizer = tokenizer or checkpoints.tokenizer_of(dit, origin)
         self.tokenizer, file = checkpoints.load_tokenizer(tokenizer, decode_steps)
         checkpoints.check_pair(dit, origin, tokenizer, self.tokenizer.channels)
-        trained = origin["config"] if "kind" in origin else {}
+        trained = origin.get("config", {}) if "kind" in origin else {}
         self.data, self.label_dropout = trained.get("data"), trained.get("label_dropout")
         self.data_seed = file.get("config", {}).get("seed", 0)
         self.mean, self.std = checkpoints.statistics(dit, origin, file, stats)

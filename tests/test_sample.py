@@ -375,6 +375,8 @@ def test_presets_are_defaults(flags, expected):
 def test_guidance_needs_an_embedding_that_was_trained(dit, guide, tmp_path, capsys):
     """That of no label is not, where every label was shown."""
     file = checkpoints.read(dit)
+    checkpoints.save({k: v for k, v in file.items() if k != "config"}, dit.with_name("bare.pt"))
+    draw(dit.with_name("bare.pt"), tmp_path / "bare", *USUAL)   # it does not say
     file["config"]["label_dropout"] = 0.0
     checkpoints.save(file, dit.with_name("labelled.pt"))
     start = ["--dit", str(dit.with_name("labelled.pt")), "--out", str(tmp_path / "out"), *USUAL]
