@@ -106,7 +106,7 @@ class Networks:
     """The transformer `dit`, the `tokenizer` that decodes, and a `guide` or None.
 
     shape: [C, h, w] of the latents.  mean, std: [C].  null: the label of no class.
-    data: the images that the DiT has learned, as far as its file says so.
+    data, label_dropout: of the DiT's training, as far as its file says so.
     """
 
     def __init__(self, dit: Path, tokenizer: Path | None, stats: Path | None,

@@ -192,8 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     dit, tokenizer = (net.to(place).requires_grad_(False) for net in (dit, tokenizer))
     config, moved = source["config"], source.get("lambda1")   # by --target-noise
     lambda1 = moved["log_lambda1"].exp().item() if moved else config["lambda1"]
-    trained = config["loss"] == "ve" and not config.get("perceptual_weight") and lambda1 > 0
-    if config["loss"] == "ve" and (tokenizer.diffuses or not trained):
+    other = tokenizer.diffuses or config.get("perceptual_weight") or not lambda1
+    if config["loss"] == "ve" and other:
         raise InputError(f"{path}: Eq. 14 is measured for the L1 error, a decoder of one step "
                          "and a lambda1 above 0")
     found, sigma2 = measure_equilibrium(tokenizer, config, lambda1, args.count)

@@ -866,6 +866,12 @@ def test_a_run_starts_from_its_own_exported_weights(tmp_path, tiny):
             assert torch.equal(again["discriminator"][name], value)
 
 
+def test_the_smoke_run_of_gae_takes_the_teacher_of_a_smoke_run():
+    gae = ["--preset", "gae-demo"]
+    assert train_tokenizer.parse(gae).teacher == "runs/teacher/checkpoint.pt"
+    assert train_tokenizer.parse(gae + ["--smoke"]).teacher == "runs/smoke/teacher/checkpoint.pt"
+
+
 def test_a_file_without_discriminator_says_so(tmp_path, tiny, capsys):
     """An untrained one must not judge from the first step on."""
     flags = [*ALL_NETWORKS, "--model", "f16d32"]
